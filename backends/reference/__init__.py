@@ -1,0 +1,23 @@
+"""The reference backend: plain PyTorch, on any device. This file is its manifest, pure data."""
+
+from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest
+
+_HERE = "ospnext.backends.reference"
+_EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
+
+MANIFEST = Manifest(
+    backend="reference",
+    description="plain PyTorch, exact and readable; runs on any device, fast on none",
+    device_types=("cpu", ANY_DEVICE),
+    probe=f"{_HERE}.device:probe",
+    needs="nothing but PyTorch",
+    implementations=(
+        Implementation(
+            "reference.math", "attention", f"{_HERE}.attention:math", handles=_EVERY_FEATURE, note="fp32 softmax in blocks of query rows"
+        ),
+        Implementation(
+            "reference.sdpa", "attention", f"{_HERE}.sdpa:sdpa", supports=f"{_HERE}.predicates:sdpa",
+            handles=frozenset({"packed", "custom_scale", "logsumexp", "backward"}), note="PyTorch's own CPU flash attention",
+        ),
+    ),
+)  # fmt: skip

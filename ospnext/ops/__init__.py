@@ -1,0 +1,10 @@
+"""The one door to hardware: the operators that models call. Nothing else in ospnext depends on a device's kind."""
+
+from ospnext.ops.attention import attention, attention_packed
+from ospnext.ops.fused import bind, gate_residual, gelu_tanh, layer_norm_modulate, rms_norm, rope
+from ospnext.ops.policy import Policy, current_policy, use_backend
+
+__all__ = [
+    "Policy", "attention", "attention_packed", "bind", "current_policy", "gate_residual", "gelu_tanh", "layer_norm_modulate",
+    "rms_norm", "rope", "use_backend",
+]  # fmt: skip

@@ -1,0 +1,60 @@
+"""A Decision as text and as JSON. The same text is the body of the error when nothing takes a request."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ospnext.ops.select import Candidate, Decision
+
+
+def as_text(decision: Decision) -> str:
+    """Every implementation on its own line, with what became of it and why."""
+    contract = decision.contract
+    lines = [f"{contract.name}.v{contract.version}  {describe_request(decision.request)}", f"  policy: {decision.policy}"]
+    lines.append(f"  asked: {decision.asked}")
+    width = max((len(c.id) for c in decision.candidates), default=0)
+    lines += [f"    {c.id:<{width}}  {c.status:<11}  {_why(c)}".rstrip() for c in decision.candidates]
+    if not decision.candidates:
+        lines.append("    no backend declares an implementation of this operator")
+    if decision.chosen is None:
+        lines.insert(0, f"no implementation takes this {contract.name} request")
+        lines.append("  `ospnext doctor` shows every backend; OSPNEXT_BACKEND=reference runs anywhere PyTorch does.")
+    return "\n".join(lines)
+
+
+def as_json(decision: Decision) -> dict[str, Any]:
+    """The decision as JSON types; `request` holds every field."""
+    return {
+        "contract": decision.contract.name,
+        "version": decision.contract.version,
+        "request": {k: _plain(v) for k, v in dataclasses.asdict(decision.request).items()},
+        "policy": {"backend": decision.policy.backend, "ops": dict(decision.policy.ops), "fallback": sorted(decision.policy.fallback)},
+        "asked": decision.asked,
+        "chosen": decision.chosen_id,
+        "fell_back": decision.fell_back,
+        "candidates": [
+            {"id": c.id, "status": c.status, "note": c.note, "reasons": [dataclasses.asdict(r) for r in c.reasons]}
+            for c in decision.candidates
+        ],
+    }
+
+
+def describe_request(request: Any) -> str:
+    """Fields as name=value; defaults are left out."""
+    words = []
+    for f in dataclasses.fields(request):
+        value = getattr(request, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            words.append(f"{f.name}={_plain(value)}")
+    return " ".join(words)
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _why(candidate: Candidate) -> str:
+    return "; ".join([*map(str, candidate.reasons), *([candidate.note] if candidate.note else [])])
