@@ -1,4 +1,6 @@
-"""The CUDA backend. This file is its manifest, pure data; so far the backend can probe its device and declares no kernels."""
+"""The CUDA backend. This file is its manifest, pure data; so far the backend can probe its device and declares no
+kernels.
+"""
 
 from ospnext.ops.registry import Manifest
 

@@ -13,11 +13,19 @@ MANIFEST = Manifest(
     needs="nothing but PyTorch",
     implementations=(
         Implementation(
-            "reference.math", "attention", f"{_HERE}.attention:math", handles=_EVERY_FEATURE, note="fp32 softmax in blocks of query rows"
+            "reference.math",
+            "attention",
+            f"{_HERE}.attention:math",
+            handles=_EVERY_FEATURE,
+            note="fp32 softmax in blocks of query rows",
         ),
         Implementation(
-            "reference.sdpa", "attention", f"{_HERE}.sdpa:sdpa", supports=f"{_HERE}.predicates:sdpa",
-            handles=frozenset({"packed", "custom_scale", "logsumexp", "backward"}), note="PyTorch's own CPU flash attention",
+            "reference.sdpa",
+            "attention",
+            f"{_HERE}.sdpa:sdpa",
+            supports=f"{_HERE}.predicates:sdpa",
+            handles=frozenset({"packed", "custom_scale", "logsumexp", "backward"}),
+            note="PyTorch's own CPU flash attention",
         ),
     ),
-)  # fmt: skip
+)

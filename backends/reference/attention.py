@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math as _math
 from collections.abc import Iterator
 
@@ -13,12 +14,14 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 class MathAttention:
-    """Readable first: every line is a term of the formula. Masked keys are taken out, so what they hold cannot matter."""
+    """Readable first: every line is a term of the formula. Masked keys are taken out, so what they hold cannot
+    matter.
+    """
 
     def forward(self, q, k, v, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, need_lse):
         accumulate = _accumulate(q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:-3] + (q.shape[-2], q.shape[-3]), dtype=accumulate, device=q.device)
+        lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=accumulate, device=q.device)
         for rows, keys, lse_at in _sequences(q, k, key_mask, cu_seqlens_q, cu_seqlens_kv):
             q_HSD, k_HSD, v_HSD = (_heads_first(t, accumulate) for t in (q[rows], k[keys], v[keys]))
             for block in _row_blocks(q_HSD, k_HSD):
@@ -29,12 +32,18 @@ class MathAttention:
                 lse[lse_at][:, block] = lse_HQ
         return out, lse if need_lse else lse.new_empty(0)
 
-    def backward(self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale):
+    def backward(
+        self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale
+    ):
         accumulate = _accumulate(q)
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         for rows, keys, lse_at in _sequences(q, k, key_mask, cu_seqlens_q, cu_seqlens_kv):
             q_HSD, k_HSD, v_HSD = (_heads_first(t, accumulate) for t in (q[rows], k[keys], v[keys]))
-            do_HSD, out_HSD, lse_HS = _heads_first(grad_out[rows], accumulate), _heads_first(out[rows], accumulate), lse[lse_at]
+            do_HSD, out_HSD, lse_HS = (
+                _heads_first(grad_out[rows], accumulate),
+                _heads_first(out[rows], accumulate),
+                lse[lse_at],
+            )
             dk_HSD, dv_HSD = torch.zeros_like(k_HSD), torch.zeros_like(v_HSD)
             for block in _row_blocks(q_HSD, k_HSD):
                 q_HQD, do_HQD = q_HSD[:, block], do_HSD[:, block]
@@ -52,7 +61,9 @@ def _accumulate(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _sequences(q: Tensor, k: Tensor, key_mask: Tensor | None, cu_q: Tensor | None, cu_kv: Tensor | None) -> Iterator[tuple]:
+def _sequences(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, cu_q: Tensor | None, cu_kv: Tensor | None
+) -> Iterator[tuple]:
     """(index of the query rows, index of the keys, index into lse) of each sequence."""
     if cu_q is None or cu_kv is None:
         for b in range(q.shape[0]):
@@ -66,8 +77,10 @@ def _sequences(q: Tensor, k: Tensor, key_mask: Tensor | None, cu_q: Tensor | Non
 
 def _ends(cu_seqlens: Tensor, tokens: int, name: str) -> list[int]:
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(f"attention: {name} must start at 0, not decrease and end at the number of tokens, {tokens}; got {ends}")
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(
+            f"attention: {name} must start at 0, not decrease and end at the number of tokens, {tokens}; got {ends}"
+        )
     return ends
 
 

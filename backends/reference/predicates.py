@@ -16,6 +16,10 @@ def sdpa(request: AttentionRequest, device: DeviceInfo) -> Iterator[Reason | Non
     yield need(request.device_type == "cpu", "device", got=request.device_type, want="cpu")
     yield need(
         request.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        "dtype", got=request.dtype, want="fp32, fp64, bf16 or fp16",
-    )  # fmt: skip
-    yield need(request.kv_len > 0 and request.q_len > 0, "length", got=f"{request.q_len}x{request.kv_len}", want="at least 1x1")
+        "dtype",
+        got=request.dtype,
+        want="fp32, fp64, bf16 or fp16",
+    )
+    yield need(
+        request.kv_len > 0 and request.q_len > 0, "length", got=f"{request.q_len}x{request.kv_len}", want="at least 1x1"
+    )

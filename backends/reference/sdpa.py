@@ -1,4 +1,6 @@
-"""`reference.sdpa`: PyTorch's own flash attention for CPU, which nobody here wrote; packed input is a loop over its sequences."""
+"""`reference.sdpa`: PyTorch's own flash attention for CPU, which nobody here wrote; packed input is a loop over its
+sequences.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class SdpaAttention:
             out, lse = _dense(q, k, v, scale)
         else:
             out = torch.empty(q.shape, dtype=q.dtype)
-            lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+            lse = torch.empty(
+                q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
+            )
             for rows, keys in _pairs(cu_seqlens_q, cu_seqlens_kv):
                 if rows.stop == rows.start:
                     continue
@@ -28,14 +32,19 @@ class SdpaAttention:
                 out[rows], lse[:, rows] = found[0][0], found[1][0]
         return out, lse if need_lse else lse.new_empty(0)
 
-    def backward(self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale):
+    def backward(
+        self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale
+    ):
         if cu_seqlens_q is None:
             return _dense_backward(grad_out, q, k, v, out, lse, scale)
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
         for rows, keys in _pairs(cu_seqlens_q, cu_seqlens_kv):
             if rows.stop > rows.start and keys.stop > keys.start:
-                grads = _dense_backward(*(t[None, s] for t, s in ((grad_out, rows), (q, rows), (k, keys), (v, keys), (out, rows))),
-                                        lse[None, :, rows], scale)  # fmt: skip
+                grads = _dense_backward(
+                    *(t[None, s] for t, s in ((grad_out, rows), (q, rows), (k, keys), (v, keys), (out, rows))),
+                    lse[None, :, rows],
+                    scale,
+                )
                 dq[rows], dk[keys], dv[keys] = (g[0] for g in grads)
         return dq, dk, dv
 

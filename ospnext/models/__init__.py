@@ -1,0 +1,15 @@
+"""The transformer: configuration, layers, weights."""
+
+from ospnext.models.config import PRESETS, TransformerConfig, preset
+from ospnext.models.loading import load_transformer, save_transformer
+from ospnext.models.transformer import OSPNextTransformer, TextContext
+
+__all__ = [
+    "PRESETS",
+    "OSPNextTransformer",
+    "TextContext",
+    "TransformerConfig",
+    "load_transformer",
+    "preset",
+    "save_transformer",
+]

@@ -5,6 +5,15 @@ from ospnext.ops.fused import bind, gate_residual, gelu_tanh, layer_norm_modulat
 from ospnext.ops.policy import Policy, current_policy, use_backend
 
 __all__ = [
-    "Policy", "attention", "attention_packed", "bind", "current_policy", "gate_residual", "gelu_tanh", "layer_norm_modulate",
-    "rms_norm", "rope", "use_backend",
-]  # fmt: skip
+    "Policy",
+    "attention",
+    "attention_packed",
+    "bind",
+    "current_policy",
+    "gate_residual",
+    "gelu_tanh",
+    "layer_norm_modulate",
+    "rms_norm",
+    "rope",
+    "use_backend",
+]

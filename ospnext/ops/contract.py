@@ -1,8 +1,8 @@
 """What a contract is: the one place that says what an operator means. No operator and no backend is named here.
 
-A contract holds the request type that selection looks at, the fp64 oracle, a same-dtype yardstick and the cases that prove an
-implementation. The torch.library op, `explain`, the conformance suite and the benchmarks are all derived from it.
-"""
+A contract holds the request type that selection looks at, the fp64 oracle, a same-dtype yardstick and the cases that
+prove an implementation. The torch.library op, `explain`, the conformance suite and the benchmarks are all derived from
+it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Contract:
     version: int = 1
 
     def features(self, request: Any) -> dict[str, Any]:
-        """Fields of `request` that ask for more than the default: an implementation must list each, or it is refused."""
+        """Fields of `request` that ask for more than the default: an implementation must list each, or it is
+        refused.
+        """
         return {
             f.name: getattr(request, f.name)
             for f in dataclasses.fields(request)
@@ -111,9 +113,9 @@ UNIT_ROUNDOFF: dict[torch.dtype, float] = {
 def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor) -> Verdict:
     """Compare `actual` (dtype under test) with the fp64 `oracle`; bounds come from the same-dtype `yardstick`.
 
-    max|Y-R| <= 2 max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= 2 rms(P-R)/rms(R) + u, with u the unit roundoff of the dtype.
-    Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and are left out of both errors.
-    """
+    max|Y-R| <= 2 max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= 2 rms(P-R)/rms(R) + u, with u the unit roundoff of the
+    dtype. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and are left out of
+    both errors."""
     if actual.shape != oracle.shape:
         raise ValueError(f"result has shape {tuple(actual.shape)}, the contract asks for {tuple(oracle.shape)}")
     unit = UNIT_ROUNDOFF[actual.dtype]

@@ -49,8 +49,8 @@ class Device:
 def default_device() -> torch.device:
     """Where a model runs under the policy in force.
 
-    A named backend runs on its own device type. "auto" takes the best available backend that implements attention; the reference
-    backend means the CPU.
+    A named backend runs on its own device type. "auto" takes the best available backend that implements attention; the
+    reference backend means the CPU.
     """
     policy, known = current_policy(), registry()
     if policy.backend != AUTO:

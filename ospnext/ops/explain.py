@@ -13,7 +13,10 @@ from ospnext.ops.select import Candidate, Decision
 def as_text(decision: Decision) -> str:
     """Every implementation on its own line, with what became of it and why."""
     contract = decision.contract
-    lines = [f"{contract.name}.v{contract.version}  {describe_request(decision.request)}", f"  policy: {decision.policy}"]
+    lines = [
+        f"{contract.name}.v{contract.version}  {describe_request(decision.request)}",
+        f"  policy: {decision.policy}",
+    ]
     lines.append(f"  asked: {decision.asked}")
     width = max((len(c.id) for c in decision.candidates), default=0)
     lines += [f"    {c.id:<{width}}  {c.status:<11}  {_why(c)}".rstrip() for c in decision.candidates]
@@ -31,7 +34,11 @@ def as_json(decision: Decision) -> dict[str, Any]:
         "contract": decision.contract.name,
         "version": decision.contract.version,
         "request": {k: _plain(v) for k, v in dataclasses.asdict(decision.request).items()},
-        "policy": {"backend": decision.policy.backend, "ops": dict(decision.policy.ops), "fallback": sorted(decision.policy.fallback)},
+        "policy": {
+            "backend": decision.policy.backend,
+            "ops": dict(decision.policy.ops),
+            "fallback": sorted(decision.policy.fallback),
+        },
         "asked": decision.asked,
         "chosen": decision.chosen_id,
         "fell_back": decision.fell_back,

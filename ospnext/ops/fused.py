@@ -1,8 +1,8 @@
 """The fused functions that models call, and the torch.library ops behind them. The meaning is in contracts/fused.py.
 
-Where the backend in force declares no kernel, a function *is* its plain PyTorch definition: traced, differentiated and fused by PyTorch,
-with no lookup per call. Where it declares one, the function calls `ospnext::<name>`, which is opaque and chooses behind the op.
-"""
+Where the backend in force declares no kernel, a function *is* its plain PyTorch definition: traced, differentiated and
+fused by PyTorch, with no lookup per call. Where it declares one, the function calls `ospnext::<name>`, which is opaque
+and chooses behind the op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from ospnext.ops.registry import registry
 
 
 class FusedKernel(Protocol):
-    """What an implementation's `target` provides: the contract's arguments in, and one gradient (or None) per argument back."""
+    """What an implementation's `target` provides: the contract's arguments in, and one gradient (or None) per argument
+    back.
+    """
 
     def forward(self, *args: Any) -> Tensor: ...
 
@@ -50,8 +52,12 @@ def rope(x_BNHD: Tensor, cos_NP: Tensor, sin_NP: Tensor) -> Tensor:
     return _bound["rope"](x_BNHD, cos_NP, sin_NP)
 
 
-def gate_residual(x_BNC: Tensor, y_BNC: Tensor, gate_BC: Tensor | None = None, permutation_N: Tensor | None = None) -> Tensor:
-    """x + y * gate, in fp32 with one rounding, written in the order `permutation`: out[:, i] = (x + y * gate)[:, permutation[i]]."""
+def gate_residual(
+    x_BNC: Tensor, y_BNC: Tensor, gate_BC: Tensor | None = None, permutation_N: Tensor | None = None
+) -> Tensor:
+    """x + y * gate, in fp32 with one rounding, written in the order `permutation`: out[:, i] = (x + y * gate)[:,
+    permutation[i]].
+    """
     return _bound["gate_residual"](x_BNC, y_BNC, gate_BC, permutation_N)
 
 
@@ -60,7 +66,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return _bound["gelu_tanh"](x)
 
 
-# ---- behind the functions ------------------------------------------------------------------------------------------------------
+# ---- behind the functions
+# ------------------------------------------------------------------------------------------------------
 
 _SCHEMAS = {
     "rms_norm": "Tensor x, Tensor weight, float eps",
@@ -95,21 +102,31 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
     elif name == "layer_norm_modulate":
         _, weight, bias, shift, scale, _ = args
         if (weight is None) != (bias is None) or (shift is None) != (scale is None):
-            raise ValueError("layer_norm_modulate: give both of weight and bias or neither, and both of shift and scale or neither")
+            raise ValueError(
+                "layer_norm_modulate: give both of weight and bias or neither, and both of shift and scale or neither"
+            )
         expected = [("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:])]
         expected += [("shift", shift, (x.shape[0], x.shape[-1])), ("scale", scale, (x.shape[0], x.shape[-1]))]
     elif name == "rope":
         expected = [(n, a, (x.shape[1], x.shape[-1] // 2)) for n, a in (("cos", args[1]), ("sin", args[2]))]
     elif name == "gate_residual":
         _, y, gate, permutation = args
-        expected = [("y", y, x.shape), ("gate", gate, (x.shape[0], x.shape[-1])), ("permutation", permutation, (x.shape[1],))]
+        expected = [
+            ("y", y, x.shape),
+            ("gate", gate, (x.shape[0], x.shape[-1])),
+            ("permutation", permutation, (x.shape[1],)),
+        ]
     for operand, found, shape in expected:
         if found is not None and tuple(found.shape) != tuple(shape):
-            raise ValueError(f"{name}: {operand} must have shape {tuple(shape)} for x {tuple(x.shape)}, got {tuple(found.shape)}")
+            raise ValueError(
+                f"{name}: {operand} must have shape {tuple(shape)} for x {tuple(x.shape)}, got {tuple(found.shape)}"
+            )
 
 
 def _define(name: str, contract: Contract) -> Callable[..., Tensor]:
-    """`ospnext::<name>` and `ospnext::<name>_backward`, which returns one gradient per tensor argument (empty: it has none)."""
+    """`ospnext::<name>` and `ospnext::<name>_backward`, which returns one gradient per tensor argument (empty: it has
+    none).
+    """
     decided = Decided(contract)
     composite: definitions.Composite = contract.composite
 
@@ -126,13 +143,19 @@ def _define(name: str, contract: Contract) -> Callable[..., Tensor]:
 
     def backward(grad: Tensor, *args: Any) -> list[Tensor]:
         grads = kernel_for(args, True).backward(grad, *args)
-        return [args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)]
+        return [
+            args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)
+        ]
 
     def backward_fake(grad: Tensor, *args: Any) -> list[Tensor]:
         grads = composite.backward(grad, *args)
-        return [args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)]
+        return [
+            args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)
+        ]
 
-    backward_op = define(f"{name}_backward", f"Tensor grad, {_SCHEMAS[name]}", "Tensor[]", kernel=backward, fake=backward_fake)
+    backward_op = define(
+        f"{name}_backward", f"Tensor grad, {_SCHEMAS[name]}", "Tensor[]", kernel=backward, fake=backward_fake
+    )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
@@ -143,10 +166,19 @@ def _define(name: str, contract: Contract) -> Callable[..., Tensor]:
         args = [next(saved) if constant is None else constant[0] for constant in ctx.layout]
         found = iter(backward_op(grad, *args))
         grads = (next(found) if isinstance(a, Tensor) else None for a in args)
-        return tuple(g if g is not None and g.numel() and need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+        return tuple(
+            g if g is not None and g.numel() and need else None
+            for g, need in zip(grads, ctx.needs_input_grad, strict=True)
+        )
 
     return define(
-        name, _SCHEMAS[name], "Tensor", kernel=forward, fake=composite.forward, backward=autograd, setup_context=setup_context
+        name,
+        _SCHEMAS[name],
+        "Tensor",
+        kernel=forward,
+        fake=composite.forward,
+        backward=autograd,
+        setup_context=setup_context,
     )
 
 
@@ -156,7 +188,9 @@ _bound: dict[str, Callable[..., Tensor]] = {}
 
 
 def bind() -> None:
-    """Point each function at its definition or at its op, as the policy in force says. Models call this before they are traced."""
+    """Point each function at its definition or at its op, as the policy in force says. Models call this before they are
+    traced.
+    """
     policy = current_policy()
     for name, contract in _CONTRACTS.items():
         wanted, _ = policy.wanted(contract.name, contract.family)
@@ -173,7 +207,9 @@ def _bind_on_first_call(name: str) -> Callable[..., Tensor]:
         bind()
         return _bound[name](*args)
 
-    return torch.compiler.disable(first, reason="the OSPNEXT policy is read before tracing: call ospnext.ops.bind() first")
+    return torch.compiler.disable(
+        first, reason="the OSPNEXT policy is read before tracing: call ospnext.ops.bind() first"
+    )
 
 
 def _unbind() -> None:

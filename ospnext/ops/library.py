@@ -12,7 +12,8 @@ from ospnext.ops.policy import on_change
 from ospnext.ops.select import resolve
 
 NAMESPACE = "ospnext"
-#: `Library.define` raises if a second copy of this package tries to define the same ops: two identities cannot go unnoticed.
+#: `Library.define` raises if a second copy of this package tries to define the same ops: two identities cannot go
+#: unnoticed.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -28,8 +29,8 @@ def define(
 ) -> Any:
     """Define `ospnext::name` with its kernel for every device, its fake and its gradient; returns the op overload.
 
-    The kernel is opaque to torch.compile: the choice of implementation happens behind it and takes effect without recompiling.
-    """
+    The kernel is opaque to torch.compile: the choice of implementation happens behind it and takes effect without
+    recompiling."""
     LIBRARY.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
@@ -42,8 +43,8 @@ def define(
 class Decided:
     """Kernel objects by call signature, so that a decision costs one dictionary lookup after the first call.
 
-    Forgotten whenever the policy changes, and when more signatures than `LIMIT` were seen (ragged shapes must not leak memory).
-    """
+    Forgotten whenever the policy changes, and when more signatures than `LIMIT` were seen (ragged shapes must not leak
+    memory)."""
 
     LIMIT = 4096
 

@@ -53,8 +53,14 @@ def policy_from_env(environ: Mapping[str, str], known: Registry) -> Policy:
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in VARIABLES:
             listing = "\n".join(f"  {key}: {what}" for key, what in VARIABLES.items())
-            raise PolicyError(f"unknown environment variable {name}{_nearest(name, VARIABLES)}. Known variables:\n{listing}")
-    source = [(f, f"OSPNEXT_{f.upper()}") for f in ("backend", "ops", "fallback") if environ.get(f"OSPNEXT_{f.upper()}", "").strip()]
+            raise PolicyError(
+                f"unknown environment variable {name}{_nearest(name, VARIABLES)}. Known variables:\n{listing}"
+            )
+    source = [
+        (f, f"OSPNEXT_{f.upper()}")
+        for f in ("backend", "ops", "fallback")
+        if environ.get(f"OSPNEXT_{f.upper()}", "").strip()
+    ]
     backend = environ.get("OSPNEXT_BACKEND", "").strip() or AUTO
     ops = _pairs(environ.get("OSPNEXT_OPS", ""))
     fallback = [word.strip() for word in environ.get("OSPNEXT_FALLBACK", "").split(",") if word.strip()]
@@ -80,16 +86,23 @@ def _checked(policy: Policy, known: Registry) -> Policy:
     for key, value in policy.ops:
         where = source.get("ops", "use_backend(ops=...)")
         if key not in keys:
-            raise PolicyError(f"{where}: unknown operator {key!r}{_nearest(key, keys)}. Known: {', '.join(sorted(keys))}")
+            raise PolicyError(
+                f"{where}: unknown operator {key!r}{_nearest(key, keys)}. Known: {', '.join(sorted(keys))}"
+            )
         chosen = [c for c in contracts.CONTRACTS.values() if key in (c.name, c.family)]
         ids = sorted({i.id for m in known.ordered() for c in chosen for i in m.offers(c.name)})
         allowed = [*ids, *known.manifests, *([COMPOSITE] if any(c.composite for c in chosen) else [])]
         if value not in allowed:
-            raise PolicyError(f"{where}: {key}={value} names nothing{_nearest(value, allowed)}. For {key} there are: {', '.join(allowed)}")
+            raise PolicyError(
+                f"{where}: {key}={value} names nothing{_nearest(value, allowed)}. "
+                f"For {key} there are: {', '.join(allowed)}"
+            )
     for name in sorted(policy.fallback):
         if name not in families:
             where = source.get("fallback", "use_backend(fallback=...)")
-            raise PolicyError(f"{where}: unknown family {name!r}{_nearest(name, families)}. Known: {', '.join(sorted(families))}")
+            raise PolicyError(
+                f"{where}: unknown family {name!r}{_nearest(name, families)}. Known: {', '.join(sorted(families))}"
+            )
     return policy
 
 
@@ -97,9 +110,15 @@ def _check_backend(name: str, where: str, known: Registry) -> None:
     if name in known.manifests:
         return
     if name in known.failures:
-        raise BackendUnavailableError(f"{where}={name}: the backend is installed but did not load:\n{known.failures[name]}")
+        raise BackendUnavailableError(
+            f"{where}={name}: the backend is installed but did not load:\n{known.failures[name]}"
+        )
     names = [AUTO, *sorted(known.manifests)]
-    hint = "" if known.manifests else " No backend is registered at all: install the package (pip install -e .), do not just put it on PYTHONPATH."
+    hint = (
+        ""
+        if known.manifests
+        else " No backend is registered: install the package (pip install -e .), do not just put it on PYTHONPATH."
+    )
     raise PolicyError(f"{where}: unknown backend {name!r}{_nearest(name, names)}. Known: {', '.join(names)}.{hint}")
 
 
@@ -121,8 +140,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-# ---- the policy in force -------------------------------------------------------------------------------------------------------
-# Process-wide on purpose: backward passes run on autograd's own threads, which must decide as the forward did.
+# ---- the policy in force
+# ------------------------------------------------------------------------------------------------------- Process-wide
+# on purpose: backward passes run on autograd's own threads, which must decide as the forward did.
 
 _current: Policy | None = None
 _listeners: list[Callable[[], object]] = []
@@ -152,8 +172,9 @@ def _set(policy: Policy | None) -> None:
         listener()
 
 
-class use_backend:  # noqa: N801 - reads as a verb in both of its uses
-    """Choose a backend for this process; as a context manager, until the end of the block. Arguments beat the environment.
+class use_backend:
+    """Choose a backend for this process; as a context manager, until the end of the block. Arguments beat the
+    environment.
 
     Args:
         backend: a backend's name, or "auto". None keeps the present one.

@@ -1,7 +1,7 @@
 """Who offers what: manifests found by entry point, probed late, with every failure remembered. No policy here.
 
-A manifest is pure data. Kernel modules and vendor packages are imported when an implementation is first chosen, never before.
-"""
+A manifest is pure data. Kernel modules and vendor packages are imported when an implementation is first chosen, never
+before."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ANY_DEVICE = "*"
 class Implementation:
     """One way to compute a contract, as data.
 
-    `target` and `supports` are dotted paths ("package.module:name"). `supports(request, device)` yields Reasons (or None) and must
-    depend on nothing else. `handles` lists the request features taken into account; any other feature refuses the call.
-    """
+    `target` and `supports` are dotted paths ("package.module:name"). `supports(request, device)` yields Reasons (or
+    None) and must depend on nothing else. `handles` lists the request features taken into account; any other feature
+    refuses the call."""
 
     id: str
     contract: str
@@ -59,7 +59,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in bytes."""
+    """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in
+    bytes.
+    """
 
     type: str
     name: str
@@ -105,7 +107,8 @@ class Registry:
                 continue
             if getattr(manifest, "api", None) != API_VERSION:
                 self.failures[entry.name] = (
-                    f"{entry.value} speaks backend API {getattr(manifest, 'api', None)!r}; this ospnext speaks {API_VERSION}"
+                    f"{entry.value} speaks backend API {getattr(manifest, 'api', None)!r}; "
+                    f"this ospnext speaks {API_VERSION}"
                 )
                 continue
             self._add(manifest)
@@ -119,10 +122,14 @@ class Registry:
         seen: set[str] = set()
         for implementation in manifest.implementations:
             if not implementation.id.startswith(manifest.backend + "."):
-                raise RegistryError(f"backend {manifest.backend!r} declares {implementation.id!r}: ids start with the backend's name")
+                raise RegistryError(
+                    f"backend {manifest.backend!r} declares {implementation.id!r}: ids start with the backend's name"
+                )
             key = f"{implementation.contract}:{implementation.id}"
             if key in seen:
-                raise RegistryError(f"backend {manifest.backend!r} declares {implementation.id!r} twice for {implementation.contract}")
+                raise RegistryError(
+                    f"backend {manifest.backend!r} declares {implementation.id!r} twice for {implementation.contract}"
+                )
             seen.add(key)
         self.manifests[manifest.backend] = manifest
 

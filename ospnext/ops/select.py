@@ -46,9 +46,9 @@ class Decision:
 def select(contract: Contract, request: Any, policy: Policy, known: Registry) -> Decision:
     """Decide by policy and predicates alone. No kernel module is imported and nothing is tried out.
 
-    The policy names one backend, one implementation, or "auto": the available backend of highest priority that claims the device of
-    the request and declares the contract. Other backends are looked at only where the policy allows their family to fall back.
-    """
+    The policy names one backend, one implementation, or "auto": the available backend of highest priority that claims
+    the device of the request and declares the contract. Other backends are looked at only where the policy allows their
+    family to fall back."""
     wanted, source = policy.wanted(contract.name, contract.family)
     backend, only = _asked(contract, request, wanted, known)
     asked = f"{wanted} ({source})" + (f" -> {backend}" if wanted == AUTO else "")
@@ -72,7 +72,11 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
         if chosen is not None:
             candidates.append(Candidate(COMPOSITE, "not asked", note="a kernel of the backend takes this request"))
         elif wanted == COMPOSITE or not declared:
-            why = "asked for by name" if wanted == COMPOSITE else f"{backend or 'no backend'} declares no kernel for this optional operator"
+            why = (
+                "asked for by name"
+                if wanted == COMPOSITE
+                else f"{backend or 'no backend'} declares no kernel for this optional operator"
+            )
             chosen = composite
             candidates.append(Candidate(COMPOSITE, "chosen", note=f"plain PyTorch definition of the contract: {why}"))
         elif contract.family in policy.fallback:
@@ -87,10 +91,16 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
 
 
 def auto_backend(device_type: str, known: Registry, contract: str = "attention") -> str | None:
-    """The backend "auto" stands for on tensors of `device_type`: available, declaring `contract`, claiming the device, best first."""
+    """The backend "auto" stands for on tensors of `device_type`: available, declaring `contract`, claiming the device,
+    best first.
+    """
     for claimed in (device_type, ANY_DEVICE):
         for manifest in known.ordered():
-            if claimed in manifest.device_types and manifest.offers(contract) and known.probe(manifest.backend).available:
+            if (
+                claimed in manifest.device_types
+                and manifest.offers(contract)
+                and known.probe(manifest.backend).available
+            ):
                 return manifest.backend
     return None
 
@@ -106,7 +116,9 @@ def _asked(contract: Contract, request: Any, wanted: str, known: Registry) -> tu
     return wanted.partition(".")[0], wanted
 
 
-def _examine(contract: Contract, implementation: Implementation, manifest: Manifest, request: Any, known: Registry) -> Candidate:
+def _examine(
+    contract: Contract, implementation: Implementation, manifest: Manifest, request: Any, known: Registry
+) -> Candidate:
     probe = known.probe(manifest.backend)
     if not probe.available:
         return Candidate(implementation.id, "unavailable", probe.reasons, implementation.note)
@@ -118,7 +130,9 @@ def _examine(contract: Contract, implementation: Implementation, manifest: Manif
     return Candidate(implementation.id, "rejected" if reasons else "eligible", reasons, implementation.note)
 
 
-def _reasons(contract: Contract, implementation: Implementation, manifest: Manifest, request: Any, device: Any) -> Iterable[Reason]:
+def _reasons(
+    contract: Contract, implementation: Implementation, manifest: Manifest, request: Any, device: Any
+) -> Iterable[Reason]:
     if request.device_type not in manifest.device_types and ANY_DEVICE not in manifest.device_types:
         yield Reason("device", f"tensors on {request.device_type}", " or ".join(manifest.device_types))
     for name, value in contract.features(request).items():
@@ -163,7 +177,8 @@ def _fall_back(contract: Contract, request: Any, known: Registry, candidates: li
     return chosen, result
 
 
-# ---- the registry and policy in force ------------------------------------------------------------------------------------------
+# ---- the registry and policy in force
+# ------------------------------------------------------------------------------------------
 
 _log = logging.getLogger("ospnext")
 
@@ -175,7 +190,8 @@ def resolve(contract: Contract, request: Any) -> Any:
     """The kernel object for `request` under the policy in force.
 
     Raises:
-        UnsupportedRequestError: nothing that the policy allows takes the request; the message is the explained decision.
+        UnsupportedRequestError: nothing that the policy allows takes the request; the message is the explained
+            decision.
     """
     decision = select(contract, request, current_policy(), registry())
     if decision.chosen is None:
@@ -185,8 +201,12 @@ def resolve(contract: Contract, request: Any) -> Any:
     if decision.fell_back:
         key = (contract.name, decision.chosen.id)
         if not fallbacks[key]:
-            reasons = "; ".join(f"{c.id}: {', '.join(map(str, c.reasons))}" for c in decision.candidates if c.status == "rejected")
-            _log.warning("%s falls back to %s (%s)", contract.name, decision.chosen.id, reasons or "nothing else takes it")
+            reasons = "; ".join(
+                f"{c.id}: {', '.join(map(str, c.reasons))}" for c in decision.candidates if c.status == "rejected"
+            )
+            _log.warning(
+                "%s falls back to %s (%s)", contract.name, decision.chosen.id, reasons or "nothing else takes it"
+            )
         fallbacks[key] += 1
     if decision.chosen.id == COMPOSITE:
         return contract.composite

@@ -18,20 +18,23 @@ out = softmax(q k^T * scale) v for each head, over dense or packed sequences.
 Layout      dense q [B, Sq, H, D], k and v [B, Sk, H, D]; packed q [Tq, H, D], k and v [Tk, H, D] with int32 cu_seqlens
             [sequences + 1] that start at 0, do not decrease and end at T. Empty sequences are legal. Any strides.
 Scale       default 1 / sqrt(D).
-Key mask    boolean [B, Sk] (dense only), True = the key takes part. A query all of whose keys are masked, and a query of a sequence
-            without keys, gives a row of zeros and logsumexp -inf, and receives and sends zero gradient. Values of masked keys never
-            reach the result, NaN and Inf included.
-Logsumexp   natural, of the scaled logits, fp32 (fp64 for fp64 inputs): dense [B, H, Sq], packed [H, Tq]. It carries no gradient.
+Key mask    boolean [B, Sk] (dense only), True = the key takes part. A query all of whose keys are masked, and a query
+            of a sequence without keys, gives a row of zeros and logsumexp -inf, and receives and sends zero gradient.
+            Values of masked keys never reach the result, NaN and Inf included.
+Logsumexp   natural, of the scaled logits, fp32 (fp64 for fp64 inputs): dense [B, H, Sq], packed [H, Tq]. It carries no
+            gradient.
 Dtype       q, k and v agree; products accumulate in fp32 or better; the output has the dtype of q and is contiguous.
-Backward    dq, dk and dv from (dout, q, k, v, out, logsumexp): those five say all, so that the backward of one implementation may
-            follow the forward of another.
+Backward    dq, dk and dv from (dout, q, k, v, out, logsumexp): those five say all, so that the backward of one
+            implementation may follow the forward of another.
 Purity      inputs are not written; outputs alias nothing.
 """
 
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """What selection knows of a call. Fields with a default are features: an implementation that does not list one refuses it."""
+    """What selection knows of a call. Fields with a default are features: an implementation that does not list one
+    refuses it.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -58,8 +61,8 @@ def oracle(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 def yardstick(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The same in the dtype of the inputs, naive, with the scale moved onto the keys.
 
-    Gradients follow the formula all flash kernels use, dlogits = p * (dp - dout . out): it subtracts two rounded sums, which is what
-    the contract's backward inputs imply, and autograd of the softmax does not.
+    Gradients follow the formula all flash kernels use, dlogits = p * (dp - dout . out): it subtracts two rounded sums,
+    which is what the contract's backward inputs imply, and autograd of the softmax does not.
     """
     return _evaluate(inputs, inputs["q"].dtype, lambda *sequence: _FlashBackward.apply(*sequence))
 
@@ -83,7 +86,9 @@ def _evaluate(inputs: Mapping[str, Any], dtype: torch.dtype, attend: Callable[..
     return {name: value.detach() for name, value in result.items()}
 
 
-def _sequences(inputs: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def _sequences(
+    inputs: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     mask_BS = inputs.get("key_mask")
     if inputs.get("cu_seqlens_q") is None:
         for b in range(q.shape[0]):
@@ -95,17 +100,23 @@ def _sequences(inputs: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> It
         yield q[q_ends[i] : q_ends[i + 1]], k[kv], v[kv], None
 
 
-def _one_sequence(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, mask_S: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _one_sequence(
+    q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, mask_S: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     if mask_S is not None:
         k_SHD, v_SHD = k_SHD[mask_S], v_SHD[mask_S]  # masked keys leave the computation altogether
     logits_HQK = torch.einsum("qhd,khd->hqk", q_SHD, k_SHD * scale)
-    lse_HQ = torch.logsumexp(logits_HQK, dim=-1) if k_SHD.shape[0] else logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
+    lse_HQ = (
+        torch.logsumexp(logits_HQK, dim=-1) if k_SHD.shape[0] else logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
+    )
     return torch.einsum("hqk,khd->qhd", logits_HQK.softmax(dim=-1), v_SHD), lse_HQ
 
 
 class _FlashBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, mask_S: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, mask_S: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _one_sequence(q_SHD, k_SHD, v_SHD, mask_S, scale)
         ctx.save_for_backward(q_SHD, k_SHD, v_SHD, mask_S, out, lse)
         ctx.scale = scale
@@ -126,7 +137,9 @@ class _FlashBackward(torch.autograd.Function):
 
 
 def make_inputs(case: Case) -> dict[str, Any]:
-    """CPU inputs of a case, in its dtype; the seed is the case's own id, so that every machine sees the same numbers."""
+    """CPU inputs of a case, in its dtype; the seed is the case's own id, so that every machine sees the same
+    numbers.
+    """
     request: AttentionRequest = case.request
     generator = torch.Generator().manual_seed(sum(case.id.encode()) * 7919)
 
@@ -134,12 +147,19 @@ def make_inputs(case: Case) -> dict[str, Any]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(request.dtype)
 
     heads = (request.heads, request.head_dim)
+    q_shape: tuple[int, ...]
+    kv_shape: tuple[int, ...]
     if request.packed:
         q_lens, kv_lens = case.options["q_lens"], case.options["kv_lens"]
         q_shape, kv_shape = (sum(q_lens), *heads), (sum(kv_lens), *heads)
     else:
         q_shape, kv_shape = (request.batch, request.q_len, *heads), (request.batch, request.kv_len, *heads)
-    inputs: dict[str, Any] = {"q": randn(*q_shape), "k": randn(*kv_shape), "v": randn(*kv_shape), "return_lse": request.logsumexp}
+    inputs: dict[str, Any] = {
+        "q": randn(*q_shape),
+        "k": randn(*kv_shape),
+        "v": randn(*kv_shape),
+        "return_lse": request.logsumexp,
+    }
     if request.packed:
         inputs["cu_seqlens_q"], inputs["cu_seqlens_kv"] = (cumulative(lens) for lens in (q_lens, kv_lens))
         inputs["max_seqlen_q"], inputs["max_seqlen_kv"] = request.q_len, request.kv_len
@@ -176,35 +196,76 @@ def call(**inputs: Any) -> dict[str, Tensor]:
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SHAPES = (  # batch, q_len, kv_len: one token, odd lengths, 64 mod 128, unequal, and text keys
-    (1, 1, 3), (2, 113, 113), (1, 239, 203), (1, 704, 704), (2, 128, 512), (1, 1023, 1024),
-)  # fmt: skip
+    (1, 1, 3),
+    (2, 113, 113),
+    (1, 239, 203),
+    (1, 704, 704),
+    (2, 128, 512),
+    (1, 1023, 1024),
+)
 _PACKS = {"uneven": ((93, 93, 88, 88), (93, 93, 88, 88)), "empty": ((5, 0, 64, 1), (7, 3, 0, 130))}
 
 
 def cases() -> Iterator[Case]:
-    """Dense shapes x dtypes x features, and packed ones. All are required: a backend without them cannot run the model."""
+    """Dense shapes x dtypes x features, and packed ones. All are required: a backend without them cannot run the
+    model.
+    """
     for tag, dtype in _DTYPES.items():
         for batch, q_len, kv_len in _SHAPES:
             for feature in ("plain", "mask", "scale", "lse", "backward", "mask-lse-backward"):
                 words = feature.split("-")
                 request = AttentionRequest(
-                    "cpu", dtype, batch, q_len, kv_len, 2, 64,
-                    key_mask="mask" in words, custom_scale="scale" in words, logsumexp="lse" in words, backward="backward" in words,
-                )  # fmt: skip
-                yield Case(f"attention/required/b{batch}-q{q_len}-k{kv_len}-h2-d64-{tag}-{feature}", "required", request)
-        yield Case(f"attention/required/b1-q257-k257-h3-d128-{tag}-lse-backward", "required",
-                   AttentionRequest("cpu", dtype, 1, 257, 257, 3, 128, logsumexp=True, backward=True))  # fmt: skip
+                    "cpu",
+                    dtype,
+                    batch,
+                    q_len,
+                    kv_len,
+                    2,
+                    64,
+                    key_mask="mask" in words,
+                    custom_scale="scale" in words,
+                    logsumexp="lse" in words,
+                    backward="backward" in words,
+                )
+                yield Case(
+                    f"attention/required/b{batch}-q{q_len}-k{kv_len}-h2-d64-{tag}-{feature}", "required", request
+                )
+        yield Case(
+            f"attention/required/b1-q257-k257-h3-d128-{tag}-lse-backward",
+            "required",
+            AttentionRequest("cpu", dtype, 1, 257, 257, 3, 128, logsumexp=True, backward=True),
+        )
         for name, (q_lens, kv_lens) in _PACKS.items():
             for feature in ("plain", "lse-backward"):
                 request = AttentionRequest(
-                    "cpu", dtype, len(q_lens), max(q_lens), max(kv_lens), 2, 64,
-                    packed=True, logsumexp="lse" in feature, backward="backward" in feature,
-                )  # fmt: skip
-                yield Case(f"attention/required/packed-{name}-h2-d64-{tag}-{feature}", "required", request,
-                           {"q_lens": q_lens, "kv_lens": kv_lens})  # fmt: skip
+                    "cpu",
+                    dtype,
+                    len(q_lens),
+                    max(q_lens),
+                    max(kv_lens),
+                    2,
+                    64,
+                    packed=True,
+                    logsumexp="lse" in feature,
+                    backward="backward" in feature,
+                )
+                yield Case(
+                    f"attention/required/packed-{name}-h2-d64-{tag}-{feature}",
+                    "required",
+                    request,
+                    {"q_lens": q_lens, "kv_lens": kv_lens},
+                )
 
 
 CONTRACT = Contract(
-    name="attention", family="attention", level="required", request=AttentionRequest, meaning=MEANING,
-    inputs=make_inputs, oracle=oracle, yardstick=yardstick, call=call, cases=cases,
-)  # fmt: skip
+    name="attention",
+    family="attention",
+    level="required",
+    request=AttentionRequest,
+    meaning=MEANING,
+    inputs=make_inputs,
+    oracle=oracle,
+    yardstick=yardstick,
+    call=call,
+    cases=cases,
+)

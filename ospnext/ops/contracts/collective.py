@@ -1,4 +1,6 @@
-"""The collective family: how ranks exchange tensors. Request type and meaning; kernels and ops come with sequence parallelism."""
+"""The collective family: how ranks exchange tensors. Request type and meaning; kernels and ops come with sequence
+parallelism.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ import torch
 from ospnext.ops.contract import Contract
 
 MEANING = """\
-all_to_all      rank r sends its i-th part to rank i; the result holds what rank 0, 1, ... sent, in that order. Parts may be uneven; the
-                split sizes of both sides are part of the call, so that no size is exchanged at run time. Adjoint: the reverse exchange.
+all_to_all      rank r sends its i-th part to rank i; the result holds what rank 0, 1, ... sent, in that order. Parts
+                may be uneven; the split sizes of both sides are part of the call, so that no size is exchanged at run
+                time. Adjoint: the reverse exchange.
 all_gather      concatenation over ranks in rank order. Adjoint: reduce_scatter (sum).
 reduce_scatter  sum over ranks, of which rank r keeps its part. Adjoint: all_gather.
 all_reduce      sum or maximum over ranks. The adjoint of the sum is the sum; the maximum has no gradient.

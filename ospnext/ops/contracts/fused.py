@@ -1,8 +1,9 @@
-"""The fused family: the elementwise and norm steps between matrix products, each with its plain PyTorch definition and gradient.
+"""The fused family: the elementwise and norm steps between matrix products, each with its plain PyTorch definition and
+gradient.
 
-The definition (`composite`) is also the implementation wherever a backend declares no kernel: it is ordinary traced PyTorch, so that
-torch.compile can fuse it and a call costs no lookup. All arithmetic is in fp32 (fp64 for fp64 inputs) with one rounding at the end.
-"""
+The definition (`composite`) is also the implementation wherever a backend declares no kernel: it is ordinary traced
+PyTorch, so that torch.compile can fuse it and a call costs no lookup. All arithmetic is in fp32 (fp64 for fp64 inputs)
+with one rounding at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class FusedRequest:
 
 @dataclass(frozen=True)
 class Composite:
-    """A definition in plain PyTorch: `forward(*args)`, and `backward(grad, *args)` -> one gradient per argument, None where it has none."""
+    """A definition in plain PyTorch: `forward(*args)`, and `backward(grad, *args)` -> one gradient per argument, None
+    where it has none.
+    """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., Sequence[Tensor | None]]
@@ -59,8 +62,8 @@ def _wide(*tensors: Tensor | None) -> tuple[Any, ...]:
 class _PerToken(torch.autograd.Function):
     """A parameter repeated for each token [B, N, C]; its gradient adds the tokens one after the other.
 
-    Only the yardstick uses it: kernels may add tokens in any order, so the yardstick takes the plainest and least accurate one.
-    """
+    Only the yardstick uses it: kernels may add tokens in any order, so the yardstick takes the plainest and least
+    accurate one."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, batch: int, tokens: int) -> Tensor:
@@ -80,11 +83,12 @@ def _per_token(parameter: Tensor, x: Tensor) -> Tensor:
     return _PerToken.apply(parameter, *x.shape[:2])
 
 
-# ---- rms_norm ------------------------------------------------------------------------------------------------------------------
+# ---- rms_norm
+# ------------------------------------------------------------------------------------------------------------------
 
 RMS_NORM = """\
-y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]; y has shape and dtype of x, contiguous.
-The weight is applied before the one rounding to the dtype of x."""
+y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]; y has shape and dtype of x,
+contiguous. The weight is applied before the one rounding to the dtype of x."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -108,11 +112,14 @@ def _rms_norm_operands(features: Features, randn: Randn) -> dict[str, Any]:
     return {"x": randn(_B, _N, _C), "weight": randn(_C), "eps": 1e-6}
 
 
-# ---- layer_norm_modulate -------------------------------------------------------------------------------------------------------
+# ---- layer_norm_modulate
+# -------------------------------------------------------------------------------------------------------
 
 LAYER_NORM_MODULATE = """\
-y = n * (1 + scale) + shift, where n = (x - mean(x)) / sqrt(var(x) + eps) [* weight + bias] over the last dimension, biased variance.
-x [B, N, C]; weight and bias [C] both or neither; shift and scale [B, C] both or neither; y has shape and dtype of x, contiguous."""
+y = n * (1 + scale) + shift, where n = (x - mean(x)) / sqrt(var(x) + eps) [* weight + bias] over the last dimension,
+biased variance. x [B, N, C]; weight and bias [C] both or neither; shift and scale [B, C] both or neither; y has shape
+and dtype of x, contiguous.
+"""
 
 
 def layer_norm_modulate(
@@ -155,11 +162,14 @@ def _layer_norm_modulate_operands(features: Features, randn: Randn) -> dict[str,
     return {"x": randn(_B, _N, _C) + 3, "weight": weight, "bias": bias, "shift": shift, "scale": scale, "eps": 1e-6}
 
 
-# ---- rope ----------------------------------------------------------------------------------------------------------------------
+# ---- rope
+# ----------------------------------------------------------------------------------------------------------------------
 
 ROPE = """\
-Rotary embedding on interleaved pairs: channels (2m, 2m+1) of each head are the real and imaginary part of a number that is turned by the
-angle of (token, m). x [B, N, H, D]; cos and sin [N, D/2], constants without gradient; y has shape and dtype of x, contiguous."""
+Rotary embedding on interleaved pairs: channels (2m, 2m+1) of each head are the real and imaginary part of a number that
+is turned by the angle of (token, m). x [B, N, H, D]; cos and sin [N, D/2], constants without gradient; y has shape and
+dtype of x, contiguous.
+"""
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -183,11 +193,14 @@ def _rope_operands(features: Features, randn: Randn) -> dict[str, Any]:
     return {"x": randn(_B, _N, _C // _D, _D), "cos": angles.cos().float(), "sin": angles.sin().float()}
 
 
-# ---- gate_residual -------------------------------------------------------------------------------------------------------------
+# ---- gate_residual
+# -------------------------------------------------------------------------------------------------------------
 
 GATE_RESIDUAL = """\
-z = x + y * gate; out[:, i] = z[:, permutation[i]]. x and y [B, N, C] of one dtype; gate [B, C] or None for 1; permutation int64 [N],
-each of 0..N-1 once, or None for the identity. The permutation is how tokens change order between blocks at no extra pass."""
+z = x + y * gate; out[:, i] = z[:, permutation[i]]. x and y [B, N, C] of one dtype; gate [B, C] or None for 1;
+permutation int64 [N], each of 0..N-1 once, or None for the identity. The permutation is how tokens change order between
+blocks at no extra pass.
+"""
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None, permutation: Tensor | None) -> Tensor:
@@ -218,7 +231,8 @@ def _gate_residual_operands(features: Features, randn: Randn) -> dict[str, Any]:
     return {"x": randn(_B, _N, _C), "y": randn(_B, _N, _C), "gate": gate, "permutation": permutation}
 
 
-# ---- gelu_tanh -----------------------------------------------------------------------------------------------------------------
+# ---- gelu_tanh
+# -----------------------------------------------------------------------------------------------------------------
 
 GELU_TANH = """\
 y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), elementwise. y has shape and dtype of x, contiguous."""
@@ -241,16 +255,28 @@ def _gelu_tanh_operands(features: Features, randn: Randn) -> dict[str, Any]:
     return {"x": randn(_B, _N, _C) * 3}
 
 
-# ---- cases and contracts -------------------------------------------------------------------------------------------------------
+# ---- cases and contracts
+# -------------------------------------------------------------------------------------------------------
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _evaluate(function: Callable[..., Tensor], inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Run `function` with floating operands cast to `dtype` (None: as they are); gradients by autograd of the function."""
-    named = {k: v.detach().to(dtype) if dtype and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+def _evaluate(
+    function: Callable[..., Tensor], inputs: Mapping[str, Any], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Run `function` with floating operands cast to `dtype` (None: as they are); gradients by autograd of the
+    function.
+    """
+    named = {
+        k: v.detach().to(dtype) if dtype and isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
     grad_out = named.pop("grad_out", None)
-    leaves = {k: v.detach().requires_grad_() for k, v in named.items() if _differentiable(k, v)} if grad_out is not None else {}
+    leaves = (
+        {k: v.detach().requires_grad_() for k, v in named.items() if _differentiable(k, v)}
+        if grad_out is not None
+        else {}
+    )
     result = {"out": function(*(named | leaves).values())}
     if leaves:
         grads = torch.autograd.grad(result["out"], list(leaves.values()), grad_out)
@@ -270,7 +296,9 @@ def _contract(
     operands: Callable[[Features, Randn], dict[str, Any]],
     features: Sequence[tuple[str, ...]] = ((),),
 ) -> Contract:
-    """`naive` is the formula with every intermediate in the dtype of its inputs: the yardstick, and in fp64 the oracle."""
+    """`naive` is the formula with every intermediate in the dtype of its inputs: the yardstick, and in fp64 the
+    oracle.
+    """
 
     def inputs(case: Case) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(sum(case.id.encode()) * 7919)
@@ -288,7 +316,9 @@ def _contract(
                     shape = (_B, _N, _C // _D, _D) if name == "rope" else (_B, _N, _C)
                     request = FusedRequest("cpu", dtype, shape, backward=backward, **dict.fromkeys(chosen, True))
                     words = "-".join([*chosen, *(["backward"] if backward else [])]) or "plain"
-                    yield Case(f"fused.{name}/optional/{tag}-{words}", "optional", request, {"features": frozenset(chosen)})
+                    yield Case(
+                        f"fused.{name}/optional/{tag}-{words}", "optional", request, {"features": frozenset(chosen)}
+                    )
 
     def call(**named: Any) -> dict[str, Tensor]:
         from ospnext import ops
@@ -296,23 +326,38 @@ def _contract(
         return _evaluate(getattr(ops, name), named, None)
 
     return Contract(
-        name=f"fused.{name}", family="fused", level="optional", request=FusedRequest, meaning=meaning, composite=composite,
-        inputs=inputs, cases=cases, call=call,
+        name=f"fused.{name}",
+        family="fused",
+        level="optional",
+        request=FusedRequest,
+        meaning=meaning,
+        composite=composite,
+        inputs=inputs,
+        cases=cases,
+        call=call,
         oracle=lambda named: _evaluate(naive, named, torch.float64),
         yardstick=lambda named: _evaluate(naive, named, None),
-    )  # fmt: skip
+    )
 
 
 CONTRACTS = (
     _contract("rms_norm", RMS_NORM, Composite(rms_norm, _rms_norm_backward), _naive_rms_norm, _rms_norm_operands),
     _contract(
-        "layer_norm_modulate", LAYER_NORM_MODULATE, Composite(layer_norm_modulate, _layer_norm_modulate_backward),
-        _naive_layer_norm_modulate, _layer_norm_modulate_operands, ((), ("affine",), ("modulated",), ("affine", "modulated")),
+        "layer_norm_modulate",
+        LAYER_NORM_MODULATE,
+        Composite(layer_norm_modulate, _layer_norm_modulate_backward),
+        _naive_layer_norm_modulate,
+        _layer_norm_modulate_operands,
+        ((), ("affine",), ("modulated",), ("affine", "modulated")),
     ),
     _contract("rope", ROPE, Composite(rope, _rope_backward), _naive_rope, _rope_operands),
     _contract(
-        "gate_residual", GATE_RESIDUAL, Composite(gate_residual, _gate_residual_backward),
-        _naive_gate_residual, _gate_residual_operands, ((), ("gated",), ("permuted",), ("gated", "permuted")),
+        "gate_residual",
+        GATE_RESIDUAL,
+        Composite(gate_residual, _gate_residual_backward),
+        _naive_gate_residual,
+        _gate_residual_operands,
+        ((), ("gated",), ("permuted",), ("gated", "permuted")),
     ),
     _contract("gelu_tanh", GELU_TANH, Composite(gelu_tanh, _gelu_tanh_backward), _naive_gelu_tanh, _gelu_tanh_operands),
-)  # fmt: skip
+)
