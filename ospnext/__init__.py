@@ -1,7 +1,7 @@
 """ospnext: text-to-video diffusion transformers on any accelerator.
 
-Public names load on first use, so that `import ospnext` costs nothing and imports no vendor package. Nothing else lives here.
-"""
+Public names load on first use, so that `import ospnext` costs nothing and imports no vendor package. Nothing else lives
+here."""
 
 from __future__ import annotations
 

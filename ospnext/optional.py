@@ -1,4 +1,6 @@
-"""Optional packages: imported where they are needed, and named with the extra that brings them when they are missing."""
+"""Optional packages: imported where they are needed, and named with the extra that brings them when they are
+missing.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise MissingDependencyError(
-            f"this needs the package {error.name!r}, which is not installed; install it with: pip install 'ospnext[{extra}]'",
+            f"this needs the package {error.name!r}, which is not installed; get it with: pip install 'ospnext[{extra}]'",
             name=error.name,
         ) from error

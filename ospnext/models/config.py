@@ -48,7 +48,17 @@ class TransformerConfig:
             raise ConfigError("this transformer config cannot be built: " + "; ".join(problems))
 
     def _problems(self):
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim"):
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+            "in_dim",
+            "out_dim",
+        ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 yield f"{name} must be a positive integer, got {getattr(self, name)!r}"
                 return
@@ -70,11 +80,15 @@ class TransformerConfig:
             if self.num_layers % 2:
                 yield f"dual_end needs an even num_layers, got {self.num_layers}"
             if self.num_full_blocks % 4 or not 0 <= self.num_full_blocks <= self.num_layers // 2:
-                yield (f"num_full_blocks must be a multiple of 4 between 0 and num_layers / 2 = {self.num_layers // 2}, "
-                       f"got {self.num_full_blocks}")
+                yield (
+                    f"num_full_blocks must be a multiple of 4 between 0 and num_layers / 2 = {self.num_layers // 2}, "
+                    f"got {self.num_full_blocks}"
+                )
         elif self.sparse_ratio != 1 or self.num_full_blocks:
-            yield ("sparse_ratio and num_full_blocks only mean something with skiparse_model_type='dual_end'; "
-                   f"got 'full' with sparse_ratio={self.sparse_ratio}, num_full_blocks={self.num_full_blocks}")
+            yield (
+                "sparse_ratio and num_full_blocks only mean something with skiparse_model_type='dual_end'; "
+                f"got 'full' with sparse_ratio={self.sparse_ratio}, num_full_blocks={self.num_full_blocks}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -130,11 +144,23 @@ def _from_diffusers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a diffusers WanTransformer3DModel config; refuse variants that are not text-to-video."""
     for key in ("image_dim", "added_kv_proj_dim"):
         if raw.get(key) is not None:
-            raise ConfigError(f"this is an image-to-video Wan config ({key}={raw[key]}); ospnext runs text-to-video models")
+            raise ConfigError(
+                f"this is an image-to-video Wan config ({key}={raw[key]}); ospnext runs text-to-video models"
+            )
     if raw.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         raise ConfigError(f"qk_norm={raw['qk_norm']!r}: only 'rms_norm_across_heads' (Wan2.1) is known")
     renamed = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
-    same = ("ffn_dim", "num_layers", "freq_dim", "text_dim", "text_len", "patch_size", "eps", "cross_attn_norm", *SKIPARSE_KEYS)
+    same = (
+        "ffn_dim",
+        "num_layers",
+        "freq_dim",
+        "text_dim",
+        "text_len",
+        "patch_size",
+        "eps",
+        "cross_attn_norm",
+        *SKIPARSE_KEYS,
+    )
     values = {ours: raw[theirs] for ours, theirs in renamed.items() if theirs in raw}
     values |= {key: raw[key] for key in same if key in raw}
     values["dim"] = raw["num_attention_heads"] * raw["attention_head_dim"]
@@ -159,8 +185,18 @@ PRESETS: dict[str, TransformerConfig] = {
     "14B": TransformerConfig(**_DUAL_END),
     "1.3B": TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **_DUAL_END),
     # Small enough for a laptop, with all three block kinds: full, full, then token, group, token, group, full, full.
-    "tiny": TransformerConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=8, freq_dim=32, text_dim=32, text_len=64,
-                              skiparse_model_type="dual_end", sparse_ratio=2, num_full_blocks=4),
+    "tiny": TransformerConfig(
+        dim=48,
+        ffn_dim=96,
+        num_heads=2,
+        num_layers=8,
+        freq_dim=32,
+        text_dim=32,
+        text_len=64,
+        skiparse_model_type="dual_end",
+        sparse_ratio=2,
+        num_full_blocks=4,
+    ),
 }
 
 
