@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/ospnext init-random --preset tiny --output demo/checkpoint --overwrite
+	rm -rf demo/out
 	$(BIN)/ospnext generate --prompts configs/demo_prompts.txt --model demo/checkpoint --config configs/demo.yaml --output demo/out
 
 lint: $(STAMP)

@@ -1,0 +1,183 @@
+"""`ospnext generate`: reads the command line, checks everything that can be checked, and only then loads the model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospnext import atomic
+from ospnext.cli import EXIT_INTERRUPTED
+from ospnext.config import leaf_keys, nearest_key, parse_overrides, read_yaml, resolve, to_dict
+from ospnext.errors import ConfigError
+from ospnext.pipelines.generate_config import GenerateConfig
+from ospnext.pipelines.jobs import Run, VideoJob, make_jobs
+from ospnext.pipelines.prompt_files import LocatedPrompt, PromptRow, read_prompts
+from ospnext.pipelines.resume import unfinished
+from ospnext.yaml_text import dump_yaml
+
+if TYPE_CHECKING:
+    import torch
+
+HELP = """Generate videos. Writes video_0.mp4, ... (or ID.mp4), config.yaml and manifest.jsonl to the output folder.
+
+Settings come from the command line, then --config, then the defaults; --print-config shows the result. Any setting can
+be given as key=value, the value as a YAML scalar (null, true, 5.0, text):
+  ospnext generate "a red fox in snow" --model DIR video.num_frames=33 sampling.guidance_scale=4
+A word is taken as a setting if it begins with the name of a known key or section and ends it with =, as in seed=1; any
+other word is the prompt. After -- everything is the prompt.
+
+A prompt file has one prompt per line, or JSONL rows with the keys prompt, negative_prompt, seed, num_frames, height,
+width and id. Video i gets the seed + i (seed_mode=per-prompt), or every prompt the same noise (seed_mode=shared); with
+the seed in the manifest a video can be made again on its own."""
+
+OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name
+_SETTING = re.compile(r"([a-z_]+)(\.[a-z_]+)*=")
+COMMAND_LINE = "command line"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="PROMPT | key=value", help="the prompt, and settings")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder, in diffusers' or Wan's layout")
+    parser.add_argument("--output", metavar="DIR", help="folder for the videos (default: outputs)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompt file, instead of PROMPT")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of the first video (default: 0)")
+    parser.add_argument("--backend", metavar="NAME", help="where to run; wins over OSPNEXT_BACKEND")
+    parser.add_argument("--config", metavar="YAML", help="file with settings")
+    parser.add_argument("--resume", action="store_true", help="keep videos that are finished and make the others")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, only a line per video")
+    parser.set_defaults(verbatim=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    if args.print_config:
+        print(dump_yaml(to_dict(config)), end="")
+        return 0
+    if config.model is None:
+        raise ConfigError("no model was given; add --model DIR (`ospnext init-random --output DIR` writes one to try)")
+    model, directory = Path(config.model).expanduser(), Path(config.output).expanduser()
+    asked = Run(config, model, directory, make_jobs(config, _prompts(config)))
+    _require_writable(directory)
+    todo = unfinished(asked, resume=args.resume)
+    if len(todo) < len(asked.jobs):
+        print(f"{len(asked.jobs) - len(todo)} of {len(asked.jobs)} videos are already in {directory}")
+    return _generate(args, asked, todo) if todo or args.dry_run else 0
+
+
+def read_config(args: argparse.Namespace) -> GenerateConfig:
+    """Defaults, then --config, then the command line."""
+    given = _command_line_values(args)
+    layers = [(COMMAND_LINE, given)]
+    if args.config:
+        values = read_yaml(args.config)
+        if given.keys() & {"prompt", "prompts"}:  # either of them replaces whichever the file has
+            values = {key: value for key, value in values.items() if key not in ("prompt", "prompts")}
+        layers.insert(0, (args.config, values))
+    return resolve(GenerateConfig, *layers)
+
+
+def split_words(words: Sequence[str], verbatim: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(prompt, settings) among the positional words; those in `verbatim` came after `--` and are never settings.
+
+    Raises:
+        ConfigError: more than one prompt, or a word that looks like a setting with a misspelled key.
+    """
+    known = {key.partition(".")[0] for key in leaf_keys(GenerateConfig)}
+    prompts, settings = [], []
+    for word in words:
+        match = _SETTING.match(word)
+        if match and match[1] in known:
+            settings.append(word)
+            continue
+        meant = match and nearest_key(GenerateConfig, match[0][:-1])
+        if match and (meant or not re.search(r"\s", word)):
+            raise ConfigError(
+                f"{word!r} looks like a setting, but {match[1]!r} is no key{meant}. "
+                "If it is a prompt, put it after -- or into a file for --prompts"
+            )
+        prompts.append(word)
+    prompts += verbatim
+    if len(prompts) > 1:
+        listing = ", ".join(map(repr, prompts))
+        raise ConfigError(f"{len(prompts)} prompts were given: {listing}; quote a prompt that has spaces, "
+                          "and put several prompts into a file for --prompts")
+    return (prompts[0] if prompts else None), settings
+
+
+def _command_line_values(args: argparse.Namespace) -> dict[str, Any]:
+    prompt, settings = split_words(args.words, args.verbatim)
+    values = parse_overrides(settings)
+    options = {name: getattr(args, name) for name in OPTIONS} | {"prompt": prompt}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in values:
+            raise ConfigError(f"{name!r} was given twice, as {name}={values[name]} and as {value!r}; leave one out")
+        values[name] = value
+    if {"prompt", "prompts"} <= values.keys():
+        raise ConfigError("both a prompt and a prompt file were given; leave one out")
+    return values
+
+
+def _prompts(config: GenerateConfig) -> tuple[LocatedPrompt, ...]:
+    if config.prompts is not None and config.prompt is not None:
+        raise ConfigError("the settings have both `prompt` and `prompts`; leave one out")
+    if config.prompts is not None:
+        return read_prompts(Path(config.prompts).expanduser())
+    if config.prompt is None or not config.prompt.strip():
+        raise ConfigError("no prompt was given; add one in quotes, or --prompts FILE")
+    return (LocatedPrompt(PromptRow(config.prompt), COMMAND_LINE),)
+
+
+def _require_writable(directory: Path) -> None:
+    """Refuse an output folder that cannot be written or created; creates nothing."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--output {directory}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {directory}: no permission to write in {existing}; give another folder")
+
+
+def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> int:
+    from ospnext.pipelines import generation  # torch is imported from here on, diffusers and transformers later still
+    from ospnext.pipelines.backend_choice import chosen_backend
+
+    with chosen_backend(run.config.backend) as device:
+        generation.check_checkpoint(run)
+        if args.dry_run:
+            from ospnext.pipelines.plan import make_plan
+
+            print(make_plan(run, todo, device).text())
+            return 0
+        run.directory.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(run.directory / "config.yaml", dump_yaml(to_dict(run.config)))
+        return _make_videos(run, todo, device, show_progress=sys.stderr.isatty() and not args.quiet)
+
+
+def _make_videos(run: Run, todo: Sequence[VideoJob], device: torch.device, *, show_progress: bool) -> int:
+    from ospnext.pipelines import generation
+
+    finished = 0
+    try:
+        if show_progress:
+            print(f"loading {run.model} for {device}", file=sys.stderr)
+        pipeline = generation.load_pipeline(run, device)
+        for job in todo:
+            pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
+            entry = generation.make_video(run, job, pipeline, device)
+            finished += 1
+            size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
+            name = run.directory / job.name
+            print(f"[{finished}/{len(todo)}] {name}  {size}, seed {job.seed}, {entry['seconds']:.1f} s", flush=True)
+    except KeyboardInterrupt:
+        made = f"{finished} of {len(todo)} videos were made"
+        print(f"interrupted: {made}; the same command with --resume makes the rest", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

@@ -1,0 +1,114 @@
+"""The working half of `ospnext generate`: the pipeline as configured, and each video with its manifest entry."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ospnext import __version__
+from ospnext.diffusion import FlowMatchSchedule
+from ospnext.models.loading import inspect_checkpoint
+from ospnext.optional import require
+from ospnext.pipelines.backend_choice import backend_record
+from ospnext.pipelines.generate_config import SIZE_MULTIPLE, GenerateConfig, SchedulerConfig, VideoConfig
+from ospnext.pipelines.jobs import Run, VideoJob
+from ospnext.pipelines.layout import detect_layout
+from ospnext.pipelines.manifest import append_entry, sha256_of
+from ospnext.pipelines.output import OSPNextPipelineOutput
+from ospnext.pipelines.text_to_video import OSPNextPipeline
+from ospnext.pipelines.video import to_uint8, write_mp4
+
+
+def check_checkpoint(run: Run) -> None:
+    """Everything about the checkpoint that file names and headers tell; reads no weights.
+
+    Raises:
+        CheckpointError, ConfigError: parts are missing, tensors do not fit the config, or an override is not possible.
+    """
+    layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
+    inspect_checkpoint(layout.transformer, config_overrides=transformer_overrides(run.config))
+    require("av", extra="t2v")  # else it would be missed only once the first video had been sampled
+
+
+def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
+    """The checkpoint's pipeline on `device`, with the configured dtypes, transformer overrides, schedule and solver."""
+    config = run.config
+    pipeline = OSPNextPipeline.from_pretrained(
+        run.model,
+        dtype=None if config.dtype is None else getattr(torch, config.dtype),
+        vae_dtype=getattr(torch, config.vae_dtype),
+        device=device,
+        transformer_overrides=transformer_overrides(config),
+        timestep_rounding=config.transformer.timestep_rounding,
+    )
+    pipeline.schedule = configured_schedule(pipeline.schedule, config.scheduler)
+    pipeline.solver = config.scheduler.solver or pipeline.solver
+    return pipeline
+
+
+def configured_schedule(schedule: FlowMatchSchedule, config: SchedulerConfig) -> FlowMatchSchedule:
+    """The checkpoint's schedule with what `config` sets; a shift turns dynamic shifting off, which would ignore it."""
+    if config.shift is not None:
+        schedule = dataclasses.replace(schedule, shift=config.shift, dynamic_shift=False)
+    if config.use_dynamic_shifting is not None:
+        schedule = dataclasses.replace(schedule, dynamic_shift=config.use_dynamic_shifting)
+    return schedule
+
+
+def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch.device) -> dict[str, Any]:
+    """Sample and encode one video, add its manifest entry, and only then give the file its name. Returns the entry."""
+    started = time.perf_counter()
+    sampling = run.config.sampling
+    output = pipeline(
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        height=job.video.height,
+        width=job.video.width,
+        num_frames=job.video.num_frames,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(job.seed),
+    )
+    frames_THWC = cast(np.ndarray, cast(OSPNextPipelineOutput, output).frames)[0]
+    # A folder of its own, because an interruption at any point then leaves nothing behind.
+    with tempfile.TemporaryDirectory(dir=run.directory, prefix=".writing-") as folder:
+        unnamed = Path(folder) / job.name
+        write_mp4(to_uint8(frames_THWC), unnamed, job.video.fps, job.video.quality)
+        entry = {
+            "file": job.name,
+            **run.settings(job),
+            **_schedule_record(pipeline, job.video, sampling.num_inference_steps),
+            "backend": backend_record(device),
+            "versions": {"ospnext": __version__, "torch": torch.__version__},
+            "seconds": round(time.perf_counter() - started, 3),
+            "sha256": sha256_of(unnamed),
+        }
+        # The entry goes first: an entry without its video is made again, a video without its entry would be a riddle.
+        append_entry(run.directory, entry)
+        os.replace(unnamed, run.directory / job.name)
+    return entry
+
+
+def transformer_overrides(config: GenerateConfig) -> dict[str, Any]:
+    names = ("skiparse_model_type", "sparse_ratio", "num_full_blocks")
+    values = {name: getattr(config.transformer, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _schedule_record(pipeline: OSPNextPipeline, video: VideoConfig, num_steps: int) -> dict[str, Any]:
+    """What was really sampled along; the hash tells two runs apart whose schedules were described alike."""
+    spatial_tokens = video.height // SIZE_MULTIPLE * (video.width // SIZE_MULTIPLE)
+    sigmas = pipeline.schedule.sigmas(num_steps, spatial_tokens=spatial_tokens)
+    return {
+        "solver": pipeline.solver,
+        "shift": pipeline.schedule.shift_for(spatial_tokens),
+        "sigmas_sha256": hashlib.sha256(sigmas.numpy().astype("<f4").tobytes()).hexdigest(),
+    }

@@ -1,0 +1,237 @@
+"""The plan of a run before anything is loaded: tokens, kernels and why, memory, arithmetic. What `--dry-run` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ospnext.models.config import TransformerConfig
+from ospnext.models.flops import forward_flops
+from ospnext.models.layout import block_orders
+from ospnext.models.loading import LoadReport, inspect_checkpoint, parameter_dtype
+from ospnext.models.weights.shapes import parameter_shapes
+from ospnext.ops.contracts import CONTRACTS
+from ospnext.ops.contracts.attention import AttentionRequest
+from ospnext.ops.device import Device
+from ospnext.ops.explain import as_json, as_text
+from ospnext.ops.policy import current_policy
+from ospnext.ops.registry import registry
+from ospnext.ops.select import Decision, select
+from ospnext.pipelines.generate_config import VideoConfig
+from ospnext.pipelines.generation import transformer_overrides
+from ospnext.pipelines.jobs import Run, VideoJob
+from ospnext.pipelines.layout import detect_layout
+from ospnext.sparse import Grid, skiparse_plan
+
+#: Bytes per pixel of one frame at the peak of an fp32 decode by AutoencoderKLWan of the published size, untiled. It does
+#: not grow with the number of frames, because they are decoded one latent frame at a time. Measured on a CPU: 25 kB at
+#: 192 x 320, 35 kB at 96 x 160.
+VAE_BYTES_PER_PIXEL = 25_000
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What every video of one size asks for. Memory in bytes."""
+
+    video: VideoConfig
+    count: int
+    grid: Grid
+    subsequences: dict[str, tuple[int, ...]]
+    decisions: dict[str, Decision]
+    forward_tflops: float
+    forwards: int
+    memory: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def total_tflops(self) -> float:
+        return self.forward_tflops * self.forwards * self.count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run; `rate` is the FLOP/s of a matrix product measured on the device just now."""
+
+    checkpoint: LoadReport
+    device: torch.device
+    policy: str
+    free_memory: int
+    rate: float
+    sizes: tuple[SizePlan, ...]
+
+    def text(self) -> str:
+        lines = [str(self.checkpoint), f"device    {self.device}   policy: {self.policy}"]
+        for size in self.sizes:
+            lines += ["", *_size_lines(size)]
+        total = sum(size.total_tflops for size in self.sizes)
+        lines += ["", f"arithmetic of all videos: {total:,.1f} TFLOP in the transformer; at the {self.rate / 1e12:.2f} TFLOP/s"]
+        lines[-1] += f" that a matrix product reaches here now, at least {_duration(total * 1e12 / self.rate)}"
+        need = max(sum(size.memory.values()) for size in self.sizes)
+        verdict = "fits" if need <= self.free_memory else "does NOT fit"
+        lines.append(f"memory: about {_gib(need)} at the peak, {_gib(self.free_memory)} free on {self.device}: {verdict}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        sizes = [
+            {
+                **dataclasses.asdict(size),
+                "decisions": {name: as_json(decision) for name, decision in size.decisions.items()},
+                "tokens": size.tokens,
+            }
+            for size in self.sizes
+        ]
+        return {
+            "checkpoint": str(self.checkpoint),
+            "device": str(self.device),
+            "policy": self.policy,
+            "free_memory": self.free_memory,
+            "matmul_flops_per_second": self.rate,
+            "sizes": sizes,
+        }
+
+
+def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
+    """Plan the videos of `todo`. Reads file headers only; measures one matrix product for a fraction of a second."""
+    config = run.config
+    layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    report = inspect_checkpoint(layout.transformer, dtype=dtype, config_overrides=transformer_overrides(config))
+    branches = 2 if config.sampling.guidance_scale > 1 else 1
+    fixed = {
+        "transformer weights": _weight_bytes(report.config, report.dtype),
+        "text encoder": _file_bytes(layout.text_encoder),
+        "VAE weights": _file_bytes(layout.vae),
+        "text keys and values": branches * _text_bytes(report.config, report.dtype),
+    }
+    videos: dict[VideoConfig, int] = {}
+    for job in todo or run.jobs:
+        videos[job.video] = videos.get(job.video, 0) + 1
+    sizes = tuple(
+        _plan_size(video, count, report, device, config.sampling.num_inference_steps * branches, fixed)
+        for video, count in videos.items()
+    )
+    free = Device(device).free_memory()
+    return Plan(report, device, str(current_policy()), free, _matmul_rate(device, report.dtype), sizes)
+
+
+def _plan_size(
+    video: VideoConfig, count: int, report: LoadReport, device: torch.device, forwards: int, fixed: dict[str, int]
+) -> SizePlan:
+    config = report.config
+    grid = (video.num_frames - 1) // 4 + 1, video.height // 16, video.width // 16
+    plan = skiparse_plan(grid, config.sparse_ratio)
+    kinds = set(block_orders(config.block_kinds)) if config.sparse else set()
+    return SizePlan(
+        video=video,
+        count=count,
+        grid=grid,
+        subsequences={kind: tuple(n for n in plan.order(kind).lengths if n) for kind in sorted(kinds, reverse=True)},
+        decisions=_decisions(config, grid, report.dtype, device),
+        forward_tflops=forward_flops(config, grid).total / 1e12,
+        forwards=forwards,
+        memory={
+            **fixed,
+            "activations": _activation_bytes(config, plan.tokens, report.dtype),
+            "VAE decode": VAE_BYTES_PER_PIXEL * video.height * video.width,
+        },
+    )
+
+
+def _decisions(config: TransformerConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> dict[str, Decision]:
+    """The selection for each kind of attention that a block of this model asks for."""
+    tokens, plan = math.prod(grid), skiparse_plan(grid, config.sparse_ratio)
+    policy, known = current_policy(), registry()
+
+    def decide(batch: int, q_len: int, kv_len: int, packed: bool = False) -> Decision:
+        request = AttentionRequest(
+            device.type, dtype, batch, q_len, kv_len, config.num_heads, config.head_dim, packed=packed
+        )
+        return select(CONTRACTS["attention"], request, policy, known)
+
+    found = {"text cross-attention": decide(1, tokens, config.text_len)}
+    if "full" in config.block_kinds:
+        found["full self-attention"] = decide(1, tokens, tokens)
+    for kind in ("token", "group"):
+        if kind in config.block_kinds:
+            lengths = [n for n in plan.order(kind).lengths if n]
+            longest = max(lengths)
+            found[f"{kind} self-attention"] = decide(len(lengths), longest, longest, packed=len(set(lengths)) > 1)
+    return found
+
+
+def _weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+    return sum(math.prod(s) * parameter_dtype(name, dtype).itemsize for name, s in parameter_shapes(config).items())
+
+
+def _text_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+    return config.num_layers * 2 * config.text_len * config.dim * dtype.itemsize
+
+
+def _activation_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Largest set of live [N, C] tensors in a block without fusion: a norm in fp32, q, k and v with RoPE, or the FFN."""
+    s, C, F = dtype.itemsize, config.dim, config.ffn_dim
+    norm = C * (2 * s + 3 * 4)
+    attention = C * (5 * s + 3 * 4)
+    feed_forward = C * 2 * s + F * 2 * s
+    return tokens * max(norm, attention, feed_forward)
+
+
+def _file_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matrix product in `dtype`, measured for about `seconds`."""
+    n = 512 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    surface = Device(device)
+    a @ a
+    surface.synchronize()
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        surface.synchronize()
+        products += 1
+    return products * 2 * n**3 / (time.perf_counter() - started)
+
+
+def _size_lines(size: SizePlan) -> list[str]:
+    video = size.video
+    t, h, w = size.grid
+    lines = [
+        f"{size.count} x {video.num_frames} frames of {video.height}x{video.width}",
+        f"  tokens      {size.tokens:,} ({t} x {h} x {w})",
+    ]
+    for kind, lengths in size.subsequences.items():
+        lines.append(f"  {kind:<11} {len(lengths)} subsequences of {_lengths(lengths)} tokens")
+    lines.append(f"  arithmetic  {size.forward_tflops:,.3f} TFLOP a forward, {size.forwards} forwards a video")
+    lines += [f"  memory      {_gib(amount):>10}  {name}" for name, amount in size.memory.items()]
+    for name, decision in size.decisions.items():
+        lines.append(f"  {name}: {decision.chosen_id or 'NOTHING takes it'}")
+        lines += [f"      {line}" for line in as_text(decision).splitlines()]
+    return lines
+
+
+def _lengths(lengths: tuple[int, ...]) -> str:
+    return f"{lengths[0]:,}" if len(set(lengths)) == 1 else ", ".join(f"{n:,}" for n in lengths)
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / 2**30:,.2f} GiB" if amount >= 2**27 else f"{amount / 2**20:,.2f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

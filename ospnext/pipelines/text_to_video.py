@@ -1,0 +1,288 @@
+"""The text-to-video pipeline: prompts in, videos out, as with diffusers' WanPipeline. No kernels, no file formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ospnext.diffusion import SOLVERS, FlowMatchSchedule, guide, make_solver, needs_guidance
+from ospnext.errors import ConfigError, OSPNextError
+from ospnext.optional import require
+from ospnext.pipelines import storage
+from ospnext.pipelines.output import OSPNextPipelineOutput, OutputType, format_frames
+from ospnext.pipelines.request import (
+    NoiseRequest,
+    TextRequest,
+    check_settings,
+    negative_request,
+    noise_request,
+    require_count,
+    text_request,
+)
+from ospnext.pipelines.text_encoder import TextEncoder
+from ospnext.pipelines.vae import VideoAutoencoder
+
+if TYPE_CHECKING:
+    from ospnext.models import OSPNextTransformer, TextContext
+
+StepCallback = Callable[["OSPNextPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
+
+
+class OSPNextPipeline:
+    """Text encoder, transformer and autoencoder, sampled along a flow-matching schedule.
+
+    `schedule` and `solver` ("euler" or "unipc") may be assigned between calls. `text_encoder` may be None if embeddings
+    are passed, `vae` if `output_type="latent"` is asked for: set either to None to free its memory.
+    """
+
+    def __init__(
+        self,
+        transformer: OSPNextTransformer,
+        text_encoder: TextEncoder | None,
+        vae: VideoAutoencoder | None,
+        *,
+        schedule: FlowMatchSchedule | None = None,
+        solver: str = "unipc",
+    ) -> None:
+        storage.check_fit(transformer.config, text_encoder, vae)
+        if solver not in SOLVERS:
+            raise ConfigError(f"unknown solver {solver!r}; solvers: {', '.join(SOLVERS)}")
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.schedule = schedule or FlowMatchSchedule()
+        self.solver = solver
+        self._interrupt = False
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        transformer: OSPNextTransformer | None = None,
+        text_encoder: TextEncoder | EllipsisType | None = ...,
+        vae: VideoAutoencoder | EllipsisType | None = ...,
+        transformer_overrides: dict[str, Any] | None = None,
+        timestep_rounding: Literal["none", "bf16"] = "none",
+    ) -> OSPNextPipeline:
+        """Load a local checkpoint in diffusers' layout or in that of an official Wan download.
+
+        `dtype` is that of the transformer and the text encoder; None keeps what is stored. A part that is passed is
+        not loaded; `text_encoder=None` or `vae=None` leaves it out. `transformer_overrides` changes config fields, such
+        as `{"skiparse_model_type": "full"}`. An incomplete checkpoint is a CheckpointError, never random weights.
+        """
+        parts = storage.load_parts(
+            Path(path),
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            device=device,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer_overrides=transformer_overrides,
+            timestep_rounding=timestep_rounding,
+        )
+        return cls(**parts)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write diffusers' layout; `diffusers.WanPipeline.from_pretrained` opens it too (a sparse one as dense).
+
+        A WanPipeline checkpoint already at `directory` is replaced; a folder with anything else in it is an error.
+        """
+        if self.text_encoder is None or self.vae is None:
+            raise ConfigError("save_pretrained writes whole pipelines, but the text encoder or the autoencoder is None")
+        storage.save_parts(
+            directory, self.transformer, self.text_encoder, self.vae, self.schedule, self.solver, overwrite=True
+        )
+
+    def to(self, device: torch.device | str) -> OSPNextPipeline:
+        for part in (self.transformer, self.text_encoder, self.vae):
+            if part is not None:
+                part.to(device)
+        return self
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm for the bar over the steps. By default it is drawn only when stderr is a terminal."""
+        self._progress_bar_config = options
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling stops early: a callback sets `pipe._interrupt = True`, as with diffusers; calls reset it."""
+        return self._interrupt
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        max_sequence_length: int = 512,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(prompt_embeds, negative_prompt_embeds), each [P, text_len, text_dim], to be passed to a later call.
+
+        With them the text encoder is no longer needed: `pipe.text_encoder = None` frees it before the transformer runs.
+        """
+        config = self.transformer.config
+        request = text_request(prompt, None, config)
+        negative = None
+        if do_classifier_free_guidance:
+            negative = negative_request(negative_prompt, None, config, count=request.count)
+        require_count("max_sequence_length", max_sequence_length)
+        self._require_parts([request, negative], decode=False)
+        embeds = self._embed(request, 1, max_sequence_length)
+        return embeds, None if negative is None else self._embed(negative, 1, max_sequence_length)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: OutputType = "np",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+    ) -> OSPNextPipelineOutput | tuple[Any]:
+        """Sample videos; names, order, defaults and outputs are those of diffusers' WanPipeline.
+
+        Sizes are rounded to what the model can make, with a warning. Noise is drawn on the CPU from `generator` (one or
+        one per video), the same for every device. `guidance_scale <= 1` turns guidance off and halves the work.
+        `negative_prompt=None` is the empty prompt; Wan's own is `ospnext.pipelines.WAN_NEGATIVE_PROMPT`. Text is cut at
+        `max_sequence_length` tokens or the transformer's `text_len`, and always padded to the latter, as in training.
+        Videos of one prompt follow each other in the batch.
+        """
+        check_settings(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type=output_type,
+            num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
+            callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        config = self.transformer.config
+        positive = text_request(prompt, prompt_embeds, config)
+        negative = None
+        if needs_guidance(guidance_scale):
+            negative = negative_request(negative_prompt, negative_prompt_embeds, config, count=positive.count)
+        noise = noise_request(
+            config, videos=positive.count * num_videos_per_prompt, num_frames=num_frames, height=height, width=width,
+            generator=generator, latents=latents,
+        )  # fmt: skip
+        self._require_parts([positive, negative], decode=output_type != "latent")
+
+        text: dict[str, Tensor | None] = {
+            name: None if side is None else self._embed(side, num_videos_per_prompt, max_sequence_length)
+            for name, side in (("prompt_embeds", positive), ("negative_prompt_embeds", negative))
+        }
+        x_BCTHW = self._denoise(
+            self._initial_latents(noise), text, num_inference_steps, guidance_scale,
+            callback_on_step_end, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        frames = x_BCTHW if output_type == "latent" else format_frames(self._decode(x_BCTHW), output_type)
+        return OSPNextPipelineOutput(frames) if return_dict else (frames,)
+
+    def _require_parts(self, texts: Sequence[TextRequest | None], *, decode: bool) -> None:
+        if self.text_encoder is None and any(text is not None and text.prompts is not None for text in texts):
+            raise ConfigError(
+                "this pipeline has no text encoder: pass prompt_embeds, and with guidance negative_prompt_embeds too"
+            )
+        if self.vae is None and decode:
+            raise ConfigError("this pipeline has no autoencoder: ask for output_type='latent'")
+
+    def _embed(self, request: TextRequest, videos_per_prompt: int, max_tokens: int) -> Tensor:
+        """[P * videos_per_prompt, text_len, text_dim] on the transformer's device; padded by zero rows, as in Wan."""
+        text_len = self.transformer.config.text_len
+        embeds = request.embeds
+        if embeds is None:
+            encoder, prompts = cast(TextEncoder, self.text_encoder), cast(list[str], request.prompts)
+            embeds = encoder.encode(prompts, min(max_tokens, text_len))
+        embeds_PLC = embeds.to(self.transformer.device, self.transformer.dtype)
+        embeds_PLC = torch.nn.functional.pad(embeds_PLC, (0, 0, 0, text_len - embeds_PLC.shape[1]))
+        return embeds_PLC.repeat_interleave(videos_per_prompt, dim=0)
+
+    def _initial_latents(self, noise: NoiseRequest) -> Tensor:
+        if noise.latents is not None:
+            return noise.latents.to(self.transformer.device, torch.float32)
+        if noise.generators is None or len(noise.generators) == 1:
+            draws = [(noise.shape, noise.generators[0] if noise.generators else None)]
+        else:
+            draws = [((1, *noise.shape[1:]), generator) for generator in noise.generators]
+        latents_BCTHW = torch.cat(
+            [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape, generator in draws]
+        )
+        return latents_BCTHW.to(self.transformer.device)
+
+    def _denoise(
+        self,
+        latents_BCTHW: Tensor,
+        text: dict[str, Tensor | None],
+        num_steps: int,
+        guidance_scale: float,
+        callback: StepCallback | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        _, patch_h, patch_w = self.transformer.config.patch_size
+        spatial_tokens = latents_BCTHW.shape[3] // patch_h * (latents_BCTHW.shape[4] // patch_w)
+        # On the CPU: the loop and the solver read single sigmas, and reading them from a device would make it wait.
+        sigmas = self.schedule.sigmas(num_steps, spatial_tokens=spatial_tokens)
+        timesteps = self.schedule.timesteps(sigmas[:-1])
+        solver = make_solver(self.solver, sigmas)
+        contexts = {name: self._context(embeds) for name, embeds in text.items()}
+        self._interrupt = False
+        with self._progress_bar(num_steps) as bar:
+            for i, timestep in enumerate(timesteps):
+                velocity = self._velocity(latents_BCTHW, timestep, contexts, guidance_scale)
+                latents_BCTHW = solver.step(i, velocity, latents_BCTHW)
+                if callback is not None:
+                    offered = {"latents": latents_BCTHW, **text}
+                    changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
+                    latents_BCTHW = changed.get("latents", latents_BCTHW)
+                    for name in text.keys() & changed.keys():
+                        if changed[name] is not text[name]:
+                            text[name], contexts[name] = changed[name], self._context(changed[name])
+                bar.update()
+                if self._interrupt:
+                    break
+        return latents_BCTHW
+
+    def _context(self, embeds_BLC: Tensor | None) -> TextContext | None:
+        """Keys and values of every cross-attention, computed once for all steps."""
+        return None if embeds_BLC is None else self.transformer.encode_text(embeds_BLC)
+
+    def _velocity(
+        self, latents_BCTHW: Tensor, timestep: Tensor, contexts: dict[str, TextContext | None], guidance_scale: float
+    ) -> Tensor:
+        """The two passes of guidance run one after the other, which takes half the memory of a double batch."""
+        timestep_B = timestep.to(latents_BCTHW.device).expand(len(latents_BCTHW))
+        v_cond = self.transformer(latents_BCTHW, timestep_B, contexts["prompt_embeds"])
+        unconditional = contexts["negative_prompt_embeds"]
+        if unconditional is None:
+            return v_cond
+        return guide(v_cond, self.transformer(latents_BCTHW, timestep_B, unconditional), guidance_scale)
+
+    def _decode(self, latents_BCTHW: Tensor) -> Tensor:
+        if not torch.isfinite(latents_BCTHW).all():
+            raise OSPNextError(
+                "the latents are not finite after sampling: a kernel or a number format overflowed. Try bfloat16 or "
+                "float32, or OSPNEXT_BACKEND=reference; 'ospnext explain' says which kernel serves what"
+            )
+        return cast(VideoAutoencoder, self.vae).decode(latents_BCTHW)
+
+    def _progress_bar(self, total: int) -> Any:
+        # disable=None is tqdm's own "only when the output is a terminal".
+        return require("tqdm", extra="t2v").tqdm(total=total, **{"disable": None, **self._progress_bar_config})

@@ -1,0 +1,118 @@
+"""Latents to frames: Wan's video autoencoder (diffusers' AutoencoderKLWan), from either checkpoint layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ospnext.errors import CheckpointError, ConfigError
+from ospnext.optional import require
+from ospnext.pipelines.strict_load import build_and_load, read_json, read_pth, read_safetensors
+
+# Frames after the first, rows and columns per latent position. The transformer's latent shape is built on them.
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
+
+
+class VideoAutoencoder:
+    """The decoder side of AutoencoderKLWan, with the normalisation of Wan's latents."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        factors = (config.scale_factor_temporal, config.scale_factor_spatial)
+        if factors != (TEMPORAL_FACTOR, SPATIAL_FACTOR):
+            raise CheckpointError(
+                f"this autoencoder turns {factors[0]} frames and {factors[1]} pixels into one; ospnext runs Wan2.1's, "
+                f"with {TEMPORAL_FACTOR} and {SPATIAL_FACTOR}"
+            )
+        self.model = model  # AutoencoderKLWan, whose attributes diffusers hides from type checkers
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> VideoAutoencoder:
+        """From the folder `vae` of a diffusers checkpoint. `dtype=None` keeps the stored one."""
+        directory = Path(directory)
+        config = read_json(directory / "config.json")
+        if config.get("_class_name") != "AutoencoderKLWan":
+            raise CheckpointError(f"{directory} holds a {config.get('_class_name')!r}, expected an 'AutoencoderKLWan'")
+        return cls(_load(config, read_safetensors(directory, "diffusion_pytorch_model"), directory, dtype, device))
+
+    @classmethod
+    def from_official(
+        cls, path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> VideoAutoencoder:
+        """From Wan's `Wan2.1_VAE.pth`."""
+        path = Path(path)
+        official = read_pth(path)
+        if "encoder.conv1.weight" not in official:
+            raise CheckpointError(f"{path} does not hold Wan2.1's autoencoder; first names: {list(official)[:4]}")
+        converter = require("diffusers.loaders.single_file_utils", extra="t2v").convert_wan_vae_to_diffusers
+        config = {"base_dim": official["encoder.conv1.weight"].shape[0]}
+        return cls(_load(config, converter(official), path, dtype, device))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.config.z_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: torch.device | str) -> VideoAutoencoder:
+        self.model.to(device)
+        return self
+
+    def enable_tiling(self) -> None:
+        """Decode in overlapping tiles that are blended: less memory, slightly different pixels near the seams."""
+        self.model.enable_tiling()
+
+    @torch.no_grad()
+    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """Normalised latents [B, C, T, h, w] to frames fp32 [B, 4(T-1)+1, 8h, 8w, 3] in 0..1, on this part's device.
+
+        Videos are decoded one after the other: memory is that of one, and one 480p video already fills a device.
+        """
+        if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.latent_channels:
+            raise ConfigError(
+                f"latents must be [B, {self.latent_channels}, T, height/8, width/8], got {list(latents_BCTHW.shape)}"
+            )
+        latents_BCTHW = self.denormalise(latents_BCTHW)
+        return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
+
+    def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
+        """`latents * std + mean` per channel, in the autoencoder's dtype."""
+        latents_BCTHW = latents_BCTHW.to(self.device, self.dtype)
+        mean, std = (
+            latents_BCTHW.new_tensor(values).view(1, -1, 1, 1, 1)
+            for values in (self.model.config.latents_mean, self.model.config.latents_std)
+        )
+        return latents_BCTHW * std + mean
+
+    def _decode_one(self, latents_1CTHW: Tensor) -> Tensor:
+        (video_1CTHW,) = self.model.decode(latents_1CTHW, return_dict=False)
+        return (video_1CTHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+    def save(self, directory: Path) -> None:
+        self.model.save_pretrained(directory)
+
+
+def _load(
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    source: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Any:
+    model_class = require("diffusers", extra="t2v").AutoencoderKLWan
+    return build_and_load(lambda: model_class.from_config(config), weights, source, dtype=dtype, device=device)
