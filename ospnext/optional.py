@@ -21,6 +21,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise MissingDependencyError(
-            f"this needs the package {error.name!r}, which is not installed; get it with: pip install 'ospnext[{extra}]'",
+            f"this needs the package {error.name!r}, which is not installed; try: pip install 'ospnext[{extra}]'",
             name=error.name,
         ) from error

@@ -21,9 +21,10 @@ from ospnext.cli.generate import split_words
 from ospnext.config import read_yaml
 from ospnext.diffusion import FlowMatchSchedule
 from ospnext.errors import ConfigError
-from ospnext.pipelines import OSPNextPipeline, generation, to_uint8, write_mp4, write_random_checkpoint
-from ospnext.pipelines.generate_config import SchedulerConfig
-from ospnext.pipelines.manifest import append_entry, read_manifest
+from ospnext.generation import videos
+from ospnext.generation.config import SchedulerConfig
+from ospnext.generation.manifest import append_entry, read_manifest
+from ospnext.pipelines import OSPNextPipeline, to_uint8, write_mp4, write_random_checkpoint
 
 SMALL = ["video.height=32", "video.width=48", "video.num_frames=5", "sampling.num_inference_steps=2"]
 PROMPTS = '{"prompt": "a", "negative_prompt": ""}\n{"prompt": "b", "id": "second"}\n{"prompt": "c", "seed": 40}\n'
@@ -50,8 +51,8 @@ class FakePipeline:
 @pytest.fixture
 def fake(monkeypatch):
     pipeline = FakePipeline()
-    monkeypatch.setattr(generation, "check_checkpoint", lambda run: None)
-    monkeypatch.setattr(generation, "load_pipeline", lambda run, device: pipeline)
+    monkeypatch.setattr(videos, "check_checkpoint", lambda run: None)
+    monkeypatch.setattr(videos, "load_pipeline", lambda run, device: pipeline)
     return pipeline
 
 
@@ -284,7 +285,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(fake, prompts, tmp_path, cap
     def make_plan(run, jobs, device):
         return SimpleNamespace(text=lambda: f"{len(jobs)} of {len(run.jobs)} on {device}")
 
-    monkeypatch.setitem(sys.modules, "ospnext.pipelines.plan", SimpleNamespace(make_plan=make_plan))
+    monkeypatch.setitem(sys.modules, "ospnext.generation.plan", SimpleNamespace(make_plan=make_plan))
     assert generate(*prompts, "--dry-run") == 0
     assert capsys.readouterr().out == "3 of 3 on cpu\n"
     assert not (tmp_path / "out").exists()
@@ -323,7 +324,7 @@ def test_ctrl_c_while_sampling_leaves_whole_videos_and_resume_completes(fake, pr
 
 @pytest.mark.parametrize("step", ["write_mp4", "sha256_of", "append_entry"])
 def test_ctrl_c_while_writing_leaves_no_partial_file(fake, prompts, tmp_path, monkeypatch, step):
-    real = getattr(generation, step)
+    real = getattr(videos, step)
 
     def interrupted(*arguments):
         if "second.mp4" not in str(arguments):
@@ -333,7 +334,7 @@ def test_ctrl_c_while_writing_leaves_no_partial_file(fake, prompts, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, step, interrupted)
+        patch.setattr(videos, step, interrupted)
         assert generate(*prompts) == 130
     assert files_in(tmp_path / "out") == ["config.yaml", "manifest.jsonl", "video_0.mp4"]
     assert generate(*prompts, "--resume") == 0
@@ -429,7 +430,7 @@ def test_an_interrupted_append_leaves_the_manifest_as_it_was(tmp_path, monkeypat
 
 def test_setting_a_shift_turns_dynamic_shifting_off():
     dynamic = FlowMatchSchedule(dynamic_shift=True)
-    configured = generation.configured_schedule
+    configured = videos.configured_schedule
     assert configured(dynamic, SchedulerConfig(shift=3)) == FlowMatchSchedule(shift=3, dynamic_shift=False)
     assert configured(dynamic, SchedulerConfig()) == dynamic
     assert configured(FlowMatchSchedule(), SchedulerConfig(use_dynamic_shifting=True)) == dynamic

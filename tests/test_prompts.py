@@ -6,9 +6,9 @@ import pytest
 
 from ospnext.config import resolve
 from ospnext.errors import ConfigError
-from ospnext.pipelines.generate_config import GenerateConfig
-from ospnext.pipelines.jobs import file_stem, make_jobs
-from ospnext.pipelines.prompt_files import LocatedPrompt, PromptRow, read_prompts
+from ospnext.generation.config import GenerateConfig
+from ospnext.generation.jobs import file_stem, make_jobs
+from ospnext.generation.prompt_files import LocatedPrompt, PromptRow, read_prompts
 from ospnext.pipelines.prompts import WAN_NEGATIVE_PROMPT
 
 

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the tensors (default: bf16)")
     parser.add_argument("--device", help="device type of the tensors (default: where the policy runs models)")
     parser.add_argument("--backend", metavar="NAME", help="wins over OSPNEXT_BACKEND")
-    parser.add_argument("--feature", action="append", default=[], metavar="NAME", help="a feature asked for; repeatable")
+    parser.add_argument(
+        "--feature", action="append", default=[], metavar="NAME", help="a feature asked for; repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="print the decision as JSON")
     attention = parser.add_argument_group("attention")
     attention.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
@@ -55,7 +57,9 @@ def _contract(name: str) -> Any:
     from ospnext.ops.contracts import CONTRACTS
 
     if name not in CONTRACTS:
-        raise ConfigError(f"unknown operator {name!r}{did_you_mean(name, CONTRACTS)}; operators: {', '.join(CONTRACTS)}")
+        raise ConfigError(
+            f"unknown operator {name!r}{did_you_mean(name, CONTRACTS)}; operators: {', '.join(CONTRACTS)}"
+        )
     return CONTRACTS[name]
 
 

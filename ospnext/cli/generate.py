@@ -14,10 +14,10 @@ from ospnext import atomic
 from ospnext.cli import EXIT_INTERRUPTED
 from ospnext.config import leaf_keys, nearest_key, parse_overrides, read_yaml, resolve, to_dict
 from ospnext.errors import ConfigError
-from ospnext.pipelines.generate_config import GenerateConfig
-from ospnext.pipelines.jobs import Run, VideoJob, make_jobs
-from ospnext.pipelines.prompt_files import LocatedPrompt, PromptRow, read_prompts
-from ospnext.pipelines.resume import unfinished
+from ospnext.generation.config import GenerateConfig
+from ospnext.generation.jobs import Run, VideoJob, make_jobs
+from ospnext.generation.prompt_files import LocatedPrompt, PromptRow, read_prompts
+from ospnext.generation.resume import unfinished
 from ospnext.yaml_text import dump_yaml
 
 if TYPE_CHECKING:
@@ -106,8 +106,10 @@ def split_words(words: Sequence[str], verbatim: Sequence[str]) -> tuple[str | No
     prompts += verbatim
     if len(prompts) > 1:
         listing = ", ".join(map(repr, prompts))
-        raise ConfigError(f"{len(prompts)} prompts were given: {listing}; quote a prompt that has spaces, "
-                          "and put several prompts into a file for --prompts")
+        raise ConfigError(
+            f"{len(prompts)} prompts were given: {listing}; quote a prompt that has spaces, "
+            "and put several prompts into a file for --prompts"
+        )
     return (prompts[0] if prompts else None), settings
 
 
@@ -146,13 +148,13 @@ def _require_writable(directory: Path) -> None:
 
 
 def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> int:
-    from ospnext.pipelines import generation  # torch is imported from here on, diffusers and transformers later still
-    from ospnext.pipelines.backend_choice import chosen_backend
+    from ospnext.generation import videos  # torch is imported from here on, diffusers and transformers later still
+    from ospnext.generation.backend_choice import chosen_backend
 
     with chosen_backend(run.config.backend) as device:
-        generation.check_checkpoint(run)
+        videos.check_checkpoint(run)
         if args.dry_run:
-            from ospnext.pipelines.plan import make_plan
+            from ospnext.generation.plan import make_plan
 
             print(make_plan(run, todo, device).text())
             return 0
@@ -162,16 +164,16 @@ def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> i
 
 
 def _make_videos(run: Run, todo: Sequence[VideoJob], device: torch.device, *, show_progress: bool) -> int:
-    from ospnext.pipelines import generation
+    from ospnext.generation import videos
 
     finished = 0
     try:
         if show_progress:
             print(f"loading {run.model} for {device}", file=sys.stderr)
-        pipeline = generation.load_pipeline(run, device)
+        pipeline = videos.load_pipeline(run, device)
         for job in todo:
             pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
-            entry = generation.make_video(run, job, pipeline, device)
+            entry = videos.make_video(run, job, pipeline, device)
             finished += 1
             size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
             name = run.directory / job.name

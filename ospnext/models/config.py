@@ -59,17 +59,23 @@ class TransformerConfig:
             "in_dim",
             "out_dim",
         ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _is_integer(getattr(self, name), at_least=1):
                 yield f"{name} must be a positive integer, got {getattr(self, name)!r}"
                 return
+        for name in ("sparse_ratio", "num_full_blocks"):
+            if not _is_integer(getattr(self, name)):
+                yield f"{name} must be an integer, got {getattr(self, name)!r}"
+                return
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not self.eps > 0:
+            yield f"eps must be a positive number, got {self.eps!r}"
         if self.dim % self.num_heads:
             yield f"dim {self.dim} is not a multiple of num_heads {self.num_heads}"
         elif self.head_dim % 2:
             yield f"head_dim (dim / num_heads) must be even for rotary embedding, got {self.head_dim}"
         if self.freq_dim % 2:
             yield f"freq_dim must be even, got {self.freq_dim}"
-        if self.patch_size[0] != 1 or len(self.patch_size) != 3:
-            yield f"patch_size must be (1, h, w), got {self.patch_size}"
+        if not _is_patch_size(self.patch_size):
+            yield f"patch_size must be a tuple (1, h, w) of positive integers, got {self.patch_size!r}"
         if not (self.qk_norm and self.cross_attn_norm):
             yield "qk_norm and cross_attn_norm must be true: every Wan2.1 text-to-video checkpoint has both norms"
         if self.skiparse_model_type not in ("full", "dual_end"):
@@ -140,6 +146,20 @@ class TransformerConfig:
         return self.num_layers * block + embeddings + time + head
 
 
+def _is_integer(value: object, at_least: int | None = None) -> bool:
+    """True and False are no numbers here."""
+    return isinstance(value, int) and not isinstance(value, bool) and (at_least is None or value >= at_least)
+
+
+def _is_patch_size(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 3
+        and value[0] == 1
+        and all(_is_integer(n, at_least=1) for n in value)
+    )
+
+
 def _from_diffusers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a diffusers WanTransformer3DModel config; refuse variants that are not text-to-video."""
     for key in ("image_dim", "added_kv_proj_dim"):
@@ -175,8 +195,10 @@ def block_layout(num_layers: int, num_full_blocks: int | None) -> tuple[BlockKin
     if num_full_blocks is None:
         return ("full",) * num_layers
     ends = num_full_blocks // 2
-    sparse: tuple[BlockKind, BlockKind] = ("token", "group")
-    return tuple("full" if i < ends or i >= num_layers - ends else sparse[i % 2] for i in range(num_layers))
+    kinds: list[BlockKind] = ["full"] * num_layers
+    for i in range(ends, num_layers - ends):
+        kinds[i] = "group" if i % 2 else "token"
+    return tuple(kinds)
 
 
 _DUAL_END: dict[str, Any] = {"skiparse_model_type": "dual_end", "sparse_ratio": 2, "num_full_blocks": 8}

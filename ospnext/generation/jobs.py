@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from ospnext.config import to_dict
 from ospnext.errors import ConfigError
-from ospnext.pipelines.generate_config import MAX_SEED, GenerateConfig, VideoConfig
-from ospnext.pipelines.prompt_files import LocatedPrompt, PromptRow
+from ospnext.generation.config import MAX_SEED, GenerateConfig, VideoConfig
+from ospnext.generation.prompt_files import LocatedPrompt, PromptRow
 from ospnext.pipelines.prompts import WAN_NEGATIVE_PROMPT
 
 T = TypeVar("T")

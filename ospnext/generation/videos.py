@@ -15,13 +15,13 @@ import torch
 
 from ospnext import __version__
 from ospnext.diffusion import FlowMatchSchedule
+from ospnext.generation.backend_choice import backend_record
+from ospnext.generation.config import SIZE_MULTIPLE, GenerateConfig, SchedulerConfig, VideoConfig
+from ospnext.generation.jobs import Run, VideoJob
+from ospnext.generation.manifest import append_entry, sha256_of
 from ospnext.models.loading import inspect_checkpoint
 from ospnext.optional import require
-from ospnext.pipelines.backend_choice import backend_record
-from ospnext.pipelines.generate_config import SIZE_MULTIPLE, GenerateConfig, SchedulerConfig, VideoConfig
-from ospnext.pipelines.jobs import Run, VideoJob
 from ospnext.pipelines.layout import detect_layout
-from ospnext.pipelines.manifest import append_entry, sha256_of
 from ospnext.pipelines.output import OSPNextPipelineOutput
 from ospnext.pipelines.text_to_video import OSPNextPipeline
 from ospnext.pipelines.video import to_uint8, write_mp4

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ospnext.errors import ConfigError
-from ospnext.pipelines.jobs import Run, VideoJob
-from ospnext.pipelines.manifest import read_manifest, sha256_of
+from ospnext.generation.jobs import Run, VideoJob
+from ospnext.generation.manifest import read_manifest, sha256_of
 
 
 def unfinished(run: Run, *, resume: bool) -> list[VideoJob]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ospnext.generation.config import VideoConfig
+from ospnext.generation.jobs import Run, VideoJob
+from ospnext.generation.videos import transformer_overrides
 from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
 from ospnext.models.layout import block_orders
@@ -20,20 +21,20 @@ from ospnext.models.weights.shapes import parameter_shapes
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.device import Device
-from ospnext.ops.explain import as_json, as_text
+from ospnext.ops.explain import as_text
 from ospnext.ops.policy import current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import Decision, select
-from ospnext.pipelines.generate_config import VideoConfig
-from ospnext.pipelines.generation import transformer_overrides
-from ospnext.pipelines.jobs import Run, VideoJob
 from ospnext.pipelines.layout import detect_layout
+from ospnext.pipelines.strict_load import read_json
 from ospnext.sparse import Grid, skiparse_plan
 
-#: Bytes per pixel of one frame at the peak of an fp32 decode by AutoencoderKLWan of the published size, untiled. It does
-#: not grow with the number of frames, because they are decoded one latent frame at a time. Measured on a CPU: 25 kB at
-#: 192 x 320, 35 kB at 96 x 160.
+#: Bytes per pixel of one frame at the peak of an fp32 decode by AutoencoderKLWan of the published size, untiled. It
+#: does not grow with the number of frames, because they are decoded one latent frame at a time. Measured on a CPU: 25
+#: kB at 192 x 320, 35 kB at 96 x 160.
 VAE_BYTES_PER_PIXEL = 25_000
+#: `base_dim` of that autoencoder; a decode's memory is proportional to it.
+VAE_BASE_DIM = 96
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class SizePlan:
     def total_tflops(self) -> float:
         return self.forward_tflops * self.forwards * self.count
 
+    @property
+    def peak_memory(self) -> int:
+        """Everything that stays, plus the larger of what sampling and what decoding need for a while."""
+        passing = {"activations", "VAE decode"}
+        staying = sum(amount for name, amount in self.memory.items() if name not in passing)
+        return staying + max(self.memory[name] for name in passing)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,31 +82,15 @@ class Plan:
         for size in self.sizes:
             lines += ["", *_size_lines(size)]
         total = sum(size.total_tflops for size in self.sizes)
-        lines += ["", f"arithmetic of all videos: {total:,.1f} TFLOP in the transformer; at the {self.rate / 1e12:.2f} TFLOP/s"]
-        lines[-1] += f" that a matrix product reaches here now, at least {_duration(total * 1e12 / self.rate)}"
-        need = max(sum(size.memory.values()) for size in self.sizes)
+        need = max(size.peak_memory for size in self.sizes)
         verdict = "fits" if need <= self.free_memory else "does NOT fit"
-        lines.append(f"memory: about {_gib(need)} at the peak, {_gib(self.free_memory)} free on {self.device}: {verdict}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        sizes = [
-            {
-                **dataclasses.asdict(size),
-                "decisions": {name: as_json(decision) for name, decision in size.decisions.items()},
-                "tokens": size.tokens,
-            }
-            for size in self.sizes
+        lines += [
+            "",
+            f"time     at least {_duration(total * 1e12 / self.rate)}: {total:.4g} TFLOP in the transformer, at the "
+            f"{self.rate / 1e12:.3g} TFLOP/s a matrix product reaches here now",
+            f"memory   about {_gib(need)} at the peak, {_gib(self.free_memory)} free on {self.device}: {verdict}",
         ]
-        return {
-            "checkpoint": str(self.checkpoint),
-            "device": str(self.device),
-            "policy": self.policy,
-            "free_memory": self.free_memory,
-            "matmul_flops_per_second": self.rate,
-            "sizes": sizes,
-        }
+        return "\n".join(lines)
 
 
 def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
@@ -114,11 +106,12 @@ def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
         "VAE weights": _file_bytes(layout.vae),
         "text keys and values": branches * _text_bytes(report.config, report.dtype),
     }
+    pixel = _vae_bytes_per_pixel(layout.vae)
     videos: dict[VideoConfig, int] = {}
     for job in todo or run.jobs:
         videos[job.video] = videos.get(job.video, 0) + 1
     sizes = tuple(
-        _plan_size(video, count, report, device, config.sampling.num_inference_steps * branches, fixed)
+        _plan_size(video, count, report, device, config.sampling.num_inference_steps * branches, fixed, pixel)
         for video, count in videos.items()
     )
     free = Device(device).free_memory()
@@ -126,7 +119,13 @@ def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
 
 
 def _plan_size(
-    video: VideoConfig, count: int, report: LoadReport, device: torch.device, forwards: int, fixed: dict[str, int]
+    video: VideoConfig,
+    count: int,
+    report: LoadReport,
+    device: torch.device,
+    forwards: int,
+    fixed: dict[str, int],
+    vae_bytes_per_pixel: int,
 ) -> SizePlan:
     config = report.config
     grid = (video.num_frames - 1) // 4 + 1, video.height // 16, video.width // 16
@@ -143,7 +142,7 @@ def _plan_size(
         memory={
             **fixed,
             "activations": _activation_bytes(config, plan.tokens, report.dtype),
-            "VAE decode": VAE_BYTES_PER_PIXEL * video.height * video.width,
+            "VAE decode": vae_bytes_per_pixel * video.height * video.width,
         },
     )
 
@@ -179,12 +178,19 @@ def _text_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
 
 
 def _activation_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Largest set of live [N, C] tensors in a block without fusion: a norm in fp32, q, k and v with RoPE, or the FFN."""
+    """Largest set of live [N, C] tensors in a block without fusion: a norm in fp32, attention with an fp32 copy of its
+    operands, or the feed-forward.
+    """
     s, C, F = dtype.itemsize, config.dim, config.ffn_dim
     norm = C * (2 * s + 3 * 4)
-    attention = C * (5 * s + 3 * 4)
+    attention = C * (6 * s + 3 * 4)
     feed_forward = C * 2 * s + F * 2 * s
     return tokens * max(norm, attention, feed_forward)
+
+
+def _vae_bytes_per_pixel(vae: Path) -> int:
+    base_dim = read_json(vae / "config.json").get("base_dim", VAE_BASE_DIM) if vae.is_dir() else VAE_BASE_DIM
+    return VAE_BYTES_PER_PIXEL * base_dim // VAE_BASE_DIM
 
 
 def _file_bytes(path: Path) -> int:
@@ -215,11 +221,11 @@ def _size_lines(size: SizePlan) -> list[str]:
     ]
     for kind, lengths in size.subsequences.items():
         lines.append(f"  {kind:<11} {len(lengths)} subsequences of {_lengths(lengths)} tokens")
-    lines.append(f"  arithmetic  {size.forward_tflops:,.3f} TFLOP a forward, {size.forwards} forwards a video")
+    lines.append(f"  arithmetic  {size.forward_tflops:.4g} TFLOP a forward, {size.forwards} forwards a video")
     lines += [f"  memory      {_gib(amount):>10}  {name}" for name, amount in size.memory.items()]
     for name, decision in size.decisions.items():
         lines.append(f"  {name}: {decision.chosen_id or 'NOTHING takes it'}")
-        lines += [f"      {line}" for line in as_text(decision).splitlines()]
+        lines += [line for line in as_text(decision).splitlines() if line.startswith("    ")]
     return lines
 
 

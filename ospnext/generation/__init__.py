@@ -1,0 +1,1 @@
+"""What `ospnext generate` does around a pipeline: settings, prompt files, jobs, plan, manifest, resuming."""
