@@ -9,7 +9,8 @@ import platform
 from typing import Any
 
 HELP = """Say what this machine can run, and why not more: every backend with its device or every reason why it has
-none, its kernels, the policy in force, and the optional packages. Exits with 1 if the policy asks for what cannot run."""
+none, its kernels, the policy in force, and the optional packages. Exits with 1 if the policy asks for what cannot
+run."""
 
 OPTIONAL_PACKAGES = {"transformers": "t2v", "diffusers": "t2v", "sentencepiece": "t2v", "ftfy": "t2v", "av": "t2v"}
 
@@ -115,11 +116,11 @@ def _backend_lines(backend: dict[str, Any]) -> list[str]:
     if not backend["available"]:
         return [*lines, f"    needs      {backend['needs']}"]
     if not any(backend["kernels"].values()):
-        lines.append("    kernels    it declares none yet: nothing runs on it")
+        return [*lines, "    kernels    none declared yet: nothing runs on it"]
     for contract, kernels in backend["kernels"].items():
         if kernels:
             lines.append(f"    {contract}: " + ", ".join(_kernel_words(k) for k in kernels))
-    elif backend["composite"]:
+    if backend["composite"]:
         lines.append(f"    plain PyTorch for: {', '.join(backend['composite'])}")
     return lines
 
