@@ -192,10 +192,10 @@ def block_layout(num_layers: int, num_full_blocks: int | None) -> tuple[BlockKin
 
     Otherwise `num_full_blocks / 2` full blocks at each end; of the rest, even indices are token and odd ones group.
     """
-    if num_full_blocks is None:
-        return ("full",) * num_layers
-    ends = num_full_blocks // 2
     kinds: list[BlockKind] = ["full"] * num_layers
+    if num_full_blocks is None:
+        return tuple(kinds)
+    ends = num_full_blocks // 2
     for i in range(ends, num_layers - ends):
         kinds[i] = "group" if i % 2 else "token"
     return tuple(kinds)
