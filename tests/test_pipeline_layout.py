@@ -131,7 +131,7 @@ def test_a_folder_with_other_files_is_never_replaced(copy):
 @pytest.mark.parametrize("copy", ["diffusers_layout"], indirect=True)
 def test_overwrite_must_be_asked_for(copy):
     before = (copy / "model_index.json").stat().st_ino
-    with pytest.raises(CheckpointError, match="pass overwrite=True"):
+    with pytest.raises(CheckpointError, match="overwrite=True"):
         write_random_checkpoint(copy, seed=1)
     assert (copy / "model_index.json").stat().st_ino == before
     write_random_checkpoint(copy, seed=1, overwrite=True)

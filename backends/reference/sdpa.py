@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ospnext.backends.reference.attention import packed_sequences
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -22,7 +24,8 @@ class SdpaAttention:
             lse = torch.empty(
                 q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
             )
-            for rows, keys in _pairs(cu_seqlens_q, cu_seqlens_kv):
+            longest = (max_seqlen_q, max_seqlen_kv)
+            for rows, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_kv, longest):
                 if rows.stop == rows.start:
                     continue
                 if keys.stop == keys.start:
@@ -38,7 +41,8 @@ class SdpaAttention:
         if cu_seqlens_q is None:
             return _dense_backward(grad_out, q, k, v, out, lse, scale)
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
-        for rows, keys in _pairs(cu_seqlens_q, cu_seqlens_kv):
+        longest = (max_seqlen_q, max_seqlen_kv)
+        for rows, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_kv, longest):
             if rows.stop > rows.start and keys.stop > keys.start:
                 grads = _dense_backward(
                     *(t[None, s] for t, s in ((grad_out, rows), (q, rows), (k, keys), (v, keys), (out, rows))),
@@ -57,12 +61,6 @@ def _dense(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> tupl
 def _dense_backward(grad_out, q, k, v, out, lse, scale):
     swapped = [t.transpose(1, 2) for t in (grad_out, q, k, v, out)]
     return tuple(g.transpose(1, 2).contiguous() for g in _backward(*swapped, lse, 0.0, False, scale=scale))
-
-
-def _pairs(cu_q: Tensor, cu_kv: Tensor):
-    q_ends, kv_ends = cu_q.tolist(), cu_kv.tolist()
-    for i in range(len(q_ends) - 1):
-        yield slice(q_ends[i], q_ends[i + 1]), slice(kv_ends[i], kv_ends[i + 1])
 
 
 sdpa = SdpaAttention()

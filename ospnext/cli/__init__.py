@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has closed it: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(argv: list[str]) -> int:
@@ -92,6 +96,6 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    from ospnext import __version__
+    from ospnext.version import __version__
 
     return f"ospnext {__version__}"

@@ -29,8 +29,8 @@ def examine() -> dict[str, Any]:
     """The whole report as JSON types."""
     import torch
 
-    from ospnext import __version__
     from ospnext.ops.registry import registry
+    from ospnext.version import __version__
 
     known = registry()
     return {

@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ospnext import __version__
 from ospnext.diffusion import FlowMatchSchedule
 from ospnext.generation.backend_choice import backend_record
 from ospnext.generation.config import SIZE_MULTIPLE, GenerateConfig, SchedulerConfig, VideoConfig
@@ -25,6 +24,7 @@ from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
 from ospnext.pipelines.text_to_video import OSPNextPipeline
 from ospnext.pipelines.video import to_uint8, write_mp4
+from ospnext.version import __version__
 
 
 def check_checkpoint(run: Run) -> None:

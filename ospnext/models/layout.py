@@ -113,5 +113,5 @@ def _subsequences(lengths: Sequence[int], batch: int, device: torch.device) -> S
     lengths = tuple(n for n in lengths if n)
     if len(set(lengths)) == 1:
         return Subsequences(lengths, None)
-    ends = torch.tensor((0, *lengths * batch)).cumsum(0)
+    ends = torch.tensor((0, *lengths * batch), device="cpu").cumsum(0)
     return Subsequences(lengths, ends.to(device, torch.int32))

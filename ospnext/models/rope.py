@@ -25,6 +25,6 @@ def rope_tables(
 
 
 def _frequencies(pairs: int) -> Tensor:
-    return (
-        THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs) if pairs else torch.empty(0, dtype=torch.float64)
-    )
+    if pairs == 0:
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return THETA ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)

@@ -135,9 +135,11 @@ class OSPNextTransformer(nn.Module):
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = stream_layout(
-                config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs, table_dtype, self.device
-            )
+            # Kept beyond the caller's mode: tensors of inference mode could never serve in training.
+            with torch.inference_mode(False):
+                self._layouts[key] = stream_layout(
+                    config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs, table_dtype, self.device
+                )
         return self._layouts[key]
 
     def _sinusoid(self, timestep_B: Tensor) -> Tensor:

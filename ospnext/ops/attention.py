@@ -79,8 +79,8 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit together.
         UnsupportedRequestError: no implementation that the policy allows takes the call; the message says why for each.
     """
-    for_backward = torch.is_grad_enabled() and (q_BSHD.requires_grad or k_BSHD.requires_grad or v_BSHD.requires_grad)
-    out, lse = _attention_op(q_BSHD, k_BSHD, v_BSHD, key_mask, None, None, 0, 0, scale, return_lse, for_backward)
+    op = _op_for(q_BSHD, k_BSHD, v_BSHD)
+    out, lse = op(q_BSHD, k_BSHD, v_BSHD, key_mask, None, None, 0, 0, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -107,19 +107,9 @@ def attention_packed(
 
     Returns, raises: as `attention`.
     """
-    for_backward = torch.is_grad_enabled() and (q_THD.requires_grad or k_THD.requires_grad or v_THD.requires_grad)
-    out, lse = _attention_op(
-        q_THD,
-        k_THD,
-        v_THD,
-        None,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        max_seqlen_q,
-        max_seqlen_kv,
-        scale,
-        return_lse,
-        for_backward,
+    op = _op_for(q_THD, k_THD, v_THD)
+    out, lse = op(
+        q_THD, k_THD, v_THD, None, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, return_lse
     )
     return (out, lse) if return_lse else out
 
@@ -129,9 +119,18 @@ def attention_packed(
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, "
-    "int max_seqlen_q, int max_seqlen_kv, float? scale"
+    "SymInt max_seqlen_q, SymInt max_seqlen_kv, float? scale"
 )
 _decided = Decided(CONTRACT)
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _op_for(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """Two ops, because an op with a gradient costs 10 us more per call even where no gradient is wanted."""
+    return _differentiable_op if _needs_grad(q, k, v) else _attention_op
 
 
 def _kernel_for(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, custom_scale, return_lse, backward):
@@ -229,7 +228,7 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
-def _forward(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, return_lse, for_backward):
+def _run(for_backward, q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, return_lse):
     kernel = _kernel_for(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale is not None, return_lse, for_backward)
     return kernel.forward(
         q,
@@ -245,10 +244,30 @@ def _forward(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, return_lse, f
     )
 
 
-def _forward_fake(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, return_lse, for_backward):
+def _forward(q, k, v, *rest):
+    if _needs_grad(q, k, v):
+        raise RuntimeError(
+            "ospnext::attention has no gradient; ospnext.ops.attention calls ospnext::attention_differentiable for one"
+        )
+    return _run(False, q, k, v, *rest)
+
+
+def _differentiable(*args):
+    return _run(True, *args)
+
+
+def _empty(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (0,) if not (return_lse or for_backward) else (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if with_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=lse_dtype)
+
+
+def _forward_fake(q, *rest):
+    return _empty(q, with_lse=rest[-1])
+
+
+def _differentiable_fake(q, *rest):
+    return _empty(q, with_lse=True)
 
 
 def _backward(grad_out, q, k, v, out, lse, key_mask, cu_q, cu_kv, max_q, max_kv, scale):
@@ -274,7 +293,7 @@ def _backward_fake(grad_out, q, k, v, out, lse, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, _, _ = inputs
+    q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, scale, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, key_mask, cu_q, cu_kv)
@@ -282,27 +301,31 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_out, _grad_lse):
-    if ctx.saved_tensors[4].numel() == 0 and ctx.saved_tensors[0].numel():
-        raise RuntimeError(
-            "ospnext::attention was called with for_backward=False; call ospnext.ops.attention, which sets it"
-        )
-    return (*_attention_backward_op(grad_out, *ctx.saved_tensors, *ctx.rest), *(None,) * 8)
+    # saved_tensors is read once: activation checkpointing and offloading unpack on each read, and refuse a second one.
+    return (*_attention_backward_op(grad_out, *ctx.saved_tensors, *ctx.rest), *(None,) * 7)
 
 
 _attention_backward_op = define(
     "attention_backward",
     "Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_kv, int max_seqlen_q, int max_seqlen_kv, float? scale",
+    "Tensor? cu_seqlens_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, float? scale",
     "(Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )
 _attention_op = define(
     "attention",
-    f"{_ARGUMENTS}, bool return_lse, bool for_backward",
+    f"{_ARGUMENTS}, bool return_lse",
     "(Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
+)
+_differentiable_op = define(
+    "attention_differentiable",
+    f"{_ARGUMENTS}, bool return_lse",
+    "(Tensor, Tensor)",
+    kernel=_differentiable,
+    fake=_differentiable_fake,
     backward=_autograd,
     setup_context=_setup_context,
 )

@@ -115,14 +115,23 @@ def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor) -> Verdict:
 
     max|Y-R| <= 2 max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= 2 rms(P-R)/rms(R) + u, with u the unit roundoff of the
     dtype. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and are left out of
-    both errors."""
+    both errors.
+
+    Raises:
+        ValueError: shape or dtype of `actual` is not the contract's (a coarser dtype would bring its own, wider bound),
+            or the yardstick overflowed and bounds nothing.
+    """
     if actual.shape != oracle.shape:
         raise ValueError(f"result has shape {tuple(actual.shape)}, the contract asks for {tuple(oracle.shape)}")
+    if actual.dtype != yardstick.dtype:
+        raise ValueError(f"result is {actual.dtype}, the contract asks for {yardstick.dtype}")
     unit = UNIT_ROUNDOFF[actual.dtype]
     y, r, p = (t.detach().to("cpu", torch.float64) for t in (actual, oracle, yardstick))
     usual = torch.isfinite(r)
     finite = bool(torch.isfinite(y[usual]).all()) and torch.equal(y[~usual], r[~usual])
     y, r, p = y[usual], r[usual], p[usual]
+    if not torch.isfinite(p).all():
+        raise ValueError("the yardstick is not finite where the oracle is: choose inputs that its dtype can hold")
     if r.numel() == 0:
         return Verdict(0.0, 0.0, 0.0, 0.0, finite)
     scale, rms = r.abs().max().item(), r.square().mean().sqrt().item()

@@ -24,6 +24,8 @@ def as_text(decision: Decision) -> str:
         lines.append("    no backend declares an implementation of this operator")
     if decision.chosen is None:
         lines.insert(0, f"no implementation takes this {contract.name} request")
+        if contract.family not in decision.policy.fallback:
+            lines.append(f"  OSPNEXT_FALLBACK={contract.family} would allow implementations that were not asked for.")
         lines.append("  `ospnext doctor` shows every backend; OSPNEXT_BACKEND=reference runs anywhere PyTorch does.")
     return "\n".join(lines)
 

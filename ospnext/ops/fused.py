@@ -6,7 +6,7 @@ and chooses behind the op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from ospnext.ops.contract import Contract
 from ospnext.ops.contracts import fused as definitions
 from ospnext.ops.contracts.fused import FusedRequest
 from ospnext.ops.library import Decided, define
-from ospnext.ops.policy import AUTO, COMPOSITE, current_policy, on_change
+from ospnext.ops.policy import AUTO, COMPOSITE, current_policy, on_change, policy_in_force
 from ospnext.ops.registry import registry
 
 
@@ -123,6 +123,14 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
+def _gradients(grads: Sequence[Tensor | None], args: tuple[Any, ...]) -> list[Tensor]:
+    """One contiguous gradient per tensor argument (a kernel need not follow the strides of the definition), empty where
+    there is none.
+    """
+    pairs = zip(grads, args, strict=True)
+    return [args[0].new_empty(0) if g is None else g.contiguous() for g, a in pairs if isinstance(a, Tensor)]
+
+
 def _define(name: str, contract: Contract) -> Callable[..., Tensor]:
     """`ospnext::<name>` and `ospnext::<name>_backward`, which returns one gradient per tensor argument (empty: it has
     none).
@@ -143,15 +151,10 @@ def _define(name: str, contract: Contract) -> Callable[..., Tensor]:
 
     def backward(grad: Tensor, *args: Any) -> list[Tensor]:
         grads = kernel_for(args, True).backward(grad, *args)
-        return [
-            args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)
-        ]
+        return _gradients(grads, args)
 
     def backward_fake(grad: Tensor, *args: Any) -> list[Tensor]:
-        grads = composite.backward(grad, *args)
-        return [
-            args[0].new_empty(0) if g is None else g for g, a in zip(grads, args, strict=True) if isinstance(a, Tensor)
-        ]
+        return _gradients(composite.backward(grad, *args), args)
 
     backward_op = define(
         f"{name}_backward", f"Tensor grad, {_SCHEMAS[name]}", "Tensor[]", kernel=backward, fake=backward_fake
@@ -195,7 +198,7 @@ def bind() -> None:
     for name, contract in _CONTRACTS.items():
         wanted, _ = policy.wanted(contract.name, contract.family)
         if wanted == AUTO:
-            manifests = registry().ordered()
+            manifests = [m for m in registry().ordered() if registry().probe(m.backend).available]
         else:
             manifests = [m for m in registry().ordered() if m.backend == wanted.partition(".")[0]]
         declared = wanted != COMPOSITE and any(m.offers(contract.name) for m in manifests)
@@ -216,5 +219,15 @@ def _unbind() -> None:
     _bound.update({name: _bind_on_first_call(name) for name in _OPS})
 
 
+def _on_policy_change() -> None:
+    """Bind at once where a policy is known: a compiled model guards on the bound functions, and a change of policy that
+    leaves them the same must not make it trace again.
+    """
+    if policy_in_force() is None:
+        _unbind()
+    else:
+        bind()
+
+
 _unbind()
-on_change(_unbind)
+on_change(_on_policy_change)

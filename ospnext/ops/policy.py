@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ospnext.errors import BackendUnavailableError, PolicyError
 from ospnext.ops import contracts
-from ospnext.ops.registry import Registry, registry
+from ospnext.ops.registry import AUTO, COMPOSITE, Registry, registry, replace_registry
 
 PREFIX = "OSPNEXT_"
 VARIABLES = {
@@ -17,8 +18,6 @@ VARIABLES = {
     "OSPNEXT_OPS": "comma-separated overrides, e.g. attention=cuda.cudnn,quantize=reference",
     "OSPNEXT_FALLBACK": "comma-separated families that may fall back to plain PyTorch, e.g. fused",
 }
-AUTO = "auto"
-COMPOSITE = "composite"
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,13 @@ def policy_from_env(environ: Mapping[str, str], known: Registry) -> Policy:
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for word in filter(None, (w.strip() for w in text.split(","))):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not (key and equals and value):
             raise PolicyError(f"OSPNEXT_OPS: {word!r} is not of the form family=backend or family=implementation")
+        if key in dict(pairs):
+            raise PolicyError(f"OSPNEXT_OPS: {key} is given twice, as {dict(pairs)[key]} and as {value}; keep one")
         pairs.append((key, value))
     return pairs
 
@@ -93,6 +94,7 @@ def _checked(policy: Policy, known: Registry) -> Policy:
         ids = sorted({i.id for m in known.ordered() for c in chosen for i in m.offers(c.name)})
         allowed = [*ids, *known.manifests, *([COMPOSITE] if any(c.composite for c in chosen) else [])]
         if value not in allowed:
+            _check_loaded(value.partition(".")[0], f"{where}: {key}={value}", known)
             raise PolicyError(
                 f"{where}: {key}={value} names nothing{_nearest(value, allowed)}. "
                 f"For {key} there are: {', '.join(allowed)}"
@@ -109,10 +111,7 @@ def _checked(policy: Policy, known: Registry) -> Policy:
 def _check_backend(name: str, where: str, known: Registry) -> None:
     if name in known.manifests:
         return
-    if name in known.failures:
-        raise BackendUnavailableError(
-            f"{where}={name}: the backend is installed but did not load:\n{known.failures[name]}"
-        )
+    _check_loaded(name, f"{where}={name}", known)
     names = [AUTO, *sorted(known.manifests)]
     hint = (
         ""
@@ -120,6 +119,11 @@ def _check_backend(name: str, where: str, known: Registry) -> None:
         else " No backend is registered: install the package (pip install -e .), do not just put it on PYTHONPATH."
     )
     raise PolicyError(f"{where}: unknown backend {name!r}{_nearest(name, names)}. Known: {', '.join(names)}.{hint}")
+
+
+def _check_loaded(name: str, asked: str, known: Registry) -> None:
+    if name in known.failures:
+        raise BackendUnavailableError(f"{asked}: the backend is installed but did not load:\n{known.failures[name]}")
 
 
 def require_available(name: str, known: Registry, where: str = "backend") -> None:
@@ -160,6 +164,11 @@ def current_policy() -> Policy:
     return _current
 
 
+def policy_in_force() -> Policy | None:
+    """The policy in force, or None if nothing has asked for one yet; never reads the environment."""
+    return _current
+
+
 def on_change(listener: Callable[[], object]) -> None:
     """Call `listener` whenever another policy takes force (caches of decisions register here)."""
     _listeners.append(listener)
@@ -170,6 +179,20 @@ def _set(policy: Policy | None) -> None:
     _current = policy
     for listener in _listeners:
         listener()
+
+
+@contextmanager
+def use_registry(known: Registry) -> Iterator[None]:
+    """Put `known` in the place of the installed backends until the end of the block, for tests and for backends broken
+    on purpose. Inside, the policy is read anew from the environment; at the end the former one is back in force.
+    """
+    policy, installed = _current, replace_registry(known)
+    _set(None)
+    try:
+        yield
+    finally:
+        replace_registry(installed)
+        _set(policy)
 
 
 class use_backend:

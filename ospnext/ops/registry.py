@@ -19,6 +19,10 @@ from ospnext.ops.contract import API_VERSION, Reason
 
 ENTRY_POINT_GROUP = "ospnext.backends"
 
+#: Words that stand in the place of a backend's name in a policy: the best available one, and plain PyTorch.
+AUTO = "auto"
+COMPOSITE = "composite"
+
 #: In `Manifest.device_types`: this backend computes wherever PyTorch does.
 ANY_DEVICE = "*"
 
@@ -119,6 +123,11 @@ class Registry:
                 f"two backends call themselves {manifest.backend!r}: uninstall one, or rename it "
                 f"(entry points of group {ENTRY_POINT_GROUP!r})"
             )
+        if manifest.backend in (AUTO, COMPOSITE) or not manifest.backend.isidentifier():
+            raise RegistryError(
+                f"a backend cannot be called {manifest.backend!r}: a name is letters, digits and underscores "
+                f"(ids are '<backend>.<kernel>'), and neither {AUTO!r} nor {COMPOSITE!r}"
+            )
         seen: set[str] = set()
         for implementation in manifest.implementations:
             if not implementation.id.startswith(manifest.backend + "."):
@@ -156,8 +165,9 @@ class Registry:
             try:
                 self._loaded[target] = load(target)
             except Exception as error:
-                self._loaded[target] = error
                 self.failures[implementation.id] = traceback.format_exc()
+                error.add_note(f"while loading {implementation.id} from {target}")
+                self._loaded[target] = error
         found = self._loaded[target]
         if isinstance(found, Exception):
             raise found
@@ -178,7 +188,21 @@ def _installed(package: str) -> bool:
         return False
 
 
-@functools.cache
+_in_force: Registry | None = None
+
+
 def registry() -> Registry:
-    """The registry of the installed backends, discovered on first use."""
-    return Registry()
+    """The registry in force: that of the installed backends, discovered on first use."""
+    global _in_force
+    if _in_force is None:
+        _in_force = Registry()
+    return _in_force
+
+
+def replace_registry(known: Registry | None) -> Registry | None:
+    """Put another registry in force (None: discover again) and return the former one. Callers that decide by policy
+    want `ospnext.ops.policy.use_registry`, which forgets decisions as well.
+    """
+    global _in_force
+    before, _in_force = _in_force, known
+    return before

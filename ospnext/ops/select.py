@@ -51,7 +51,7 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
     family to fall back."""
     wanted, source = policy.wanted(contract.name, contract.family)
     backend, only = _asked(contract, request, wanted, known)
-    asked = f"{wanted} ({source})" + (f" -> {backend}" if wanted == AUTO else "")
+    asked = f"{wanted} ({source})" + (f" -> {backend or 'no backend'}" if wanted == AUTO else "")
 
     candidates: list[Candidate] = []
     chosen: Implementation | None = None
@@ -75,7 +75,7 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
             why = (
                 "asked for by name"
                 if wanted == COMPOSITE
-                else f"{backend or 'no backend'} declares no kernel for this optional operator"
+                else f"{backend or 'the backends here'} declare{'s' if backend else ''} no kernel for this operator"
             )
             chosen = composite
             candidates.append(Candidate(COMPOSITE, "chosen", note=f"plain PyTorch definition of the contract: {why}"))
@@ -108,7 +108,7 @@ def auto_backend(device_type: str, known: Registry, contract: str = "attention")
 def _asked(contract: Contract, request: Any, wanted: str, known: Registry) -> tuple[str | None, str | None]:
     """(backend, the one implementation id if one was named)."""
     if wanted == AUTO:
-        return auto_backend(request.device_type, known), None
+        return auto_backend(request.device_type, known, contract.name), None
     if wanted == COMPOSITE:
         return None, None
     if wanted in known.manifests:
@@ -127,7 +127,10 @@ def _examine(
         reasons = tuple(Reason("package", f"{name} not installed", f"pip install {name}") for name in missing)
         return Candidate(implementation.id, "not loaded", reasons, implementation.note)
     reasons = tuple(_reasons(contract, implementation, manifest, request, probe.device))
-    return Candidate(implementation.id, "rejected" if reasons else "eligible", reasons, implementation.note)
+    note = implementation.note
+    if implementation.id in known.failures:  # it stays the one to use: the next call raises the same error again
+        note = f"failed to load: {known.failures[implementation.id].strip().splitlines()[-1]}"
+    return Candidate(implementation.id, "rejected" if reasons else "eligible", reasons, note)
 
 
 def _reasons(
@@ -182,7 +185,7 @@ def _fall_back(contract: Contract, request: Any, known: Registry, candidates: li
 
 _log = logging.getLogger("ospnext")
 
-#: (contract, implementation) -> how often a request fell back to it; reports print this.
+#: (contract, implementation) -> how many decisions fell back to it (equal calls share one); reports print this.
 fallbacks: Counter[tuple[str, str]] = Counter()
 
 

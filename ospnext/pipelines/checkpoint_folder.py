@@ -49,7 +49,7 @@ def check_replaceable(target: str | Path, *, overwrite: bool) -> None:
             "nothing was overwritten. Give another path, or empty that folder"
         )
     if not overwrite:
-        raise CheckpointError(f"{target} already holds a checkpoint; pass overwrite=True to replace it")
+        raise CheckpointError(f"{target} already holds a checkpoint; overwrite=True (--overwrite) replaces it")
 
 
 def _share(folder: Path) -> None:

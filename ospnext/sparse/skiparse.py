@@ -38,7 +38,7 @@ class Order:
     def position(self) -> Tensor:
         """int64 [N]: where each token, by raster index, stands in the stream; stream[position] is in raster order."""
         positions = torch.empty_like(self.raster)
-        positions[self.raster] = torch.arange(len(self.raster))
+        positions[self.raster] = torch.arange(len(self.raster), device=self.raster.device)
         return positions
 
     def rank_spans(self, ranks: int) -> tuple[tuple[int, int], ...]:
@@ -85,8 +85,8 @@ class SkiparsePlan:
 def subsequence_ids(grid: Grid, k: int) -> tuple[Tensor, Tensor]:
     """(token id, group id) of every token in raster order, int64 [N]: d_h k + d_w and c_h k + c_w."""
     _, height, width = grid
-    h_N = torch.arange(height)[:, None].expand(grid).flatten()
-    w_N = torch.arange(width).expand(grid).flatten()
+    h_N = torch.arange(height, device="cpu")[:, None].expand(grid).flatten()
+    w_N = torch.arange(width, device="cpu").expand(grid).flatten()
     return h_N % k * k + w_N % k, h_N // k % k * k + w_N // k % k
 
 
@@ -108,7 +108,9 @@ def skiparse_plan(grid: Grid, k: int) -> SkiparsePlan:
     """The plan of a token grid (T, H, W) after patching; built once. Raises ValueError for an empty grid or k < 1."""
     # A plain dictionary: torch.compile traces through it, and not through functools.lru_cache.
     if (grid, k) not in _plans:
-        _plans[grid, k] = _build(grid, k)
+        # What is built here outlives the caller's mode: tensors of inference mode could never serve in training.
+        with torch.inference_mode(False):
+            _plans[grid, k] = _build(grid, k)
     return _plans[grid, k]
 
 

@@ -105,11 +105,27 @@ def _one_sequence(
 ) -> tuple[Tensor, Tensor]:
     if mask_S is not None:
         k_SHD, v_SHD = k_SHD[mask_S], v_SHD[mask_S]  # masked keys leave the computation altogether
-    logits_HQK = torch.einsum("qhd,khd->hqk", q_SHD, k_SHD * scale)
+    logits_HQK = _product("qhd,khd->hqk", q_SHD, k_SHD * scale)
     lse_HQ = (
         torch.logsumexp(logits_HQK, dim=-1) if k_SHD.shape[0] else logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
     )
-    return torch.einsum("hqk,khd->qhd", logits_HQK.softmax(dim=-1), v_SHD), lse_HQ
+    return _product("hqk,khd->qhd", logits_HQK.softmax(dim=-1), v_SHD), lse_HQ
+
+
+def _product(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """einsum over one summed letter. In fp32 it adds one term after the other, the plainest order there is: the order
+    of a CPU library is an accident of that library, and a kernel may keep to any.
+    """
+    if a.dtype != torch.float32:
+        return torch.einsum(equation, a, b)
+    left, right, out = equation.replace("->", ",").split(",")
+    (letter,) = {x for x in left if x in right} - set(out)
+    total: Tensor | None = None
+    outer = equation.replace(letter, "")
+    for left_term, right_term in zip(a.unbind(left.index(letter)), b.unbind(right.index(letter)), strict=True):
+        term = torch.einsum(outer, left_term, right_term)
+        total = term if total is None else total.add_(term)
+    return torch.einsum(equation, a, b) if total is None else total
 
 
 class _FlashBackward(torch.autograd.Function):
@@ -127,13 +143,13 @@ class _FlashBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         q, k, v, mask, out, lse = ctx.saved_tensors
         dout = grads[0]
-        p_HQK = (torch.einsum("qhd,khd->hqk", q, k * ctx.scale) - lse[..., None]).exp()
+        p_HQK = (_product("qhd,khd->hqk", q, k * ctx.scale) - lse[..., None]).exp()
         if mask is not None:
             p_HQK = p_HQK.where(mask, 0.0)
         delta_HQ1 = (dout * out).sum(-1).mT[..., None]
-        dlogits_HQK = p_HQK * (torch.einsum("qhd,khd->hqk", dout, v) - delta_HQ1) * ctx.scale
-        dq, dk = torch.einsum("hqk,khd->qhd", dlogits_HQK, k), torch.einsum("hqk,qhd->khd", dlogits_HQK, q)
-        return dq, dk, torch.einsum("hqk,qhd->khd", p_HQK, dout), None, None
+        dlogits_HQK = p_HQK * (_product("qhd,khd->hqk", dout, v) - delta_HQ1) * ctx.scale
+        dq, dk = _product("hqk,khd->qhd", dlogits_HQK, k), _product("hqk,qhd->khd", dlogits_HQK, q)
+        return dq, dk, _product("hqk,qhd->khd", p_HQK, dout), None, None
 
 
 def make_inputs(case: Case) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""What a decision says of itself, to people and to programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import fake_backends as fake
+import pytest
+import torch
+
+from ospnext import ops
+from ospnext.errors import UnsupportedRequestError
+from ospnext.ops.contracts import CONTRACTS
+from ospnext.ops.contracts.attention import AttentionRequest
+from ospnext.ops.contracts.fused import FusedRequest
+from ospnext.ops.explain import as_json, as_text, describe_request
+from ospnext.ops.policy import Policy, policy_from_env, use_registry
+from ospnext.ops.registry import Implementation, Registry
+from ospnext.ops.select import select
+
+REQUEST = AttentionRequest("cpu", torch.bfloat16, 1, 75600, 512, 40, 128, key_mask=True)
+BACKENDS = (
+    fake.backend(
+        "acme",
+        fake.kernel("acme.packaged", requires=("no_such_package",), note="needs a package"),
+        fake.kernel("acme.narrow", supports="refuses", handles=frozenset({"packed"})),
+        fake.kernel("acme.wide", note="takes everything"),
+        fake.kernel("acme.last"),
+        priority=9,
+    ),
+    fake.backend("gone", fake.kernel("gone.a"), probe="absent", priority=8),
+    fake.backend("plain", fake.kernel("plain.math", "two")),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("OSPNEXT_BACKEND", "OSPNEXT_OPS", "OSPNEXT_FALLBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def explain(policy=None, request=REQUEST, contract="attention", backends=BACKENDS) -> str:
+    return as_text(select(CONTRACTS[contract], request, policy or Policy(), Registry(backends)))
+
+
+def test_the_whole_text_of_a_choice():
+    """Word for word: a report quotes it, and a change should be seen in review."""
+    assert explain().splitlines() == [
+        "attention.v1  device_type=cpu dtype=bfloat16 batch=1 q_len=75600 kv_len=512 heads=40 head_dim=128 "
+        "key_mask=True",
+        "  policy: backend=auto (default), no fallback",
+        "  asked: auto (default) -> acme",
+        "    acme.packaged  not loaded   package: got no_such_package not installed, want pip install no_such_package; "
+        "needs a package",
+        "    acme.narrow    rejected     key_mask: got True, want default (this implementation does not handle the "
+        "feature); dtype: got torch.bfloat16, want fp32; capability: got (9, 0), want at least (9, 5)",
+        "    acme.wide      chosen       takes everything",
+        "    acme.last      eligible",
+        "    gone.a         unavailable  driver: got none, want version 7",
+        "    plain.math     not asked    the policy asks for auto",
+    ]
+
+
+def test_the_text_says_who_asked():
+    known = Registry(BACKENDS)
+    environ = {"OSPNEXT_BACKEND": "plain", "OSPNEXT_OPS": "attention=acme.last", "OSPNEXT_FALLBACK": "fused"}
+    text = as_text(select(CONTRACTS["attention"], REQUEST, policy_from_env(environ, known), known))
+    assert "asked: acme.last (OSPNEXT_OPS)" in text
+    assert "backend=plain (OSPNEXT_BACKEND), ops=attention=acme.last (OSPNEXT_OPS), fallback=fused" in text
+    assert "acme.wide      not asked    the policy asks for acme.last" in text
+
+
+def test_the_error_of_an_impossible_request_is_the_explanation():
+    q = torch.zeros(1, 3, 2, 8)
+    decision = select(
+        CONTRACTS["attention"],
+        AttentionRequest("cpu", torch.float32, 1, 3, 3, 2, 8, logsumexp=True),
+        Policy(ops=(("attention", "acme.narrow"),), source=(("ops", "use_backend"),)),
+        Registry(BACKENDS),
+    )
+    with use_registry(Registry(BACKENDS)), ops.use_backend(ops={"attention": "acme.narrow"}):
+        with pytest.raises(UnsupportedRequestError) as error:
+            ops.attention(q, q, q, return_lse=True)
+    assert str(error.value) == as_text(decision)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "no implementation takes this attention request"
+    assert "OSPNEXT_FALLBACK=attention would allow" in lines[-2]
+    assert "OSPNEXT_BACKEND=reference" in lines[-1]
+
+
+def test_fallback_is_not_suggested_where_it_is_allowed_already():
+    only = (fake.backend("acme", fake.kernel("acme.narrow", supports="refuses")),)
+    assert "OSPNEXT_FALLBACK" in explain(backends=only)
+    assert "OSPNEXT_FALLBACK" not in explain(Policy(fallback=frozenset({"attention"})), backends=only)
+
+
+def test_no_backend_at_all():
+    text = explain(backends=())
+    assert "asked: auto (default) -> no backend" in text
+    assert "no backend declares an implementation of this operator" in text
+
+
+def test_the_definition_of_an_optional_operator_says_why_it_is_used():
+    request = FusedRequest("cpu", torch.float32, (1, 8, 64), gated=True)
+    assert "plain PyTorch definition of the contract: acme declares no kernel" in explain(
+        Policy("acme"), request, "fused.gate_residual"
+    )
+    asked = explain(Policy(ops=(("fused", "composite"),)), request, "fused.gate_residual")
+    assert "composite  chosen       plain PyTorch definition of the contract: asked for by name" in asked
+    declared = (fake.fused_backend("acme"),)
+    refused = dataclasses.replace(declared[0].offers("fused.rope")[0], supports="fake_backends:refuses")
+    blocked = (dataclasses.replace(declared[0], implementations=(refused,)),)
+    rope = FusedRequest("cpu", torch.float32, (1, 8, 2, 32))
+    assert "set OSPNEXT_FALLBACK=fused to allow it" in explain(Policy("acme"), rope, "fused.rope", blocked)
+    allowed = explain(Policy("acme", fallback=frozenset({"fused"})), rope, "fused.rope", blocked)
+    assert "composite  chosen       fallback, allowed for fused" in allowed
+    taken = explain(Policy("acme"), rope, "fused.rope", declared)
+    assert "composite  not asked    a kernel of the backend takes this request" in taken
+
+
+def test_a_kernel_that_failed_to_load_says_so_ever_after():
+    broken = Implementation("acme.x", "attention", "no_such_module:kernel", handles=fake.EVERY_FEATURE)
+    known = Registry([fake.backend("acme", broken)])
+    before = as_text(select(CONTRACTS["attention"], REQUEST, Policy(), known))
+    with pytest.raises(ModuleNotFoundError):
+        known.kernel(broken)
+    after = as_text(select(CONTRACTS["attention"], REQUEST, Policy(), known))
+    assert "failed to load" not in before
+    assert "failed to load: ModuleNotFoundError: No module named 'no_such_module'" in after
+
+
+def test_json_holds_the_whole_decision():
+    decision = select(
+        CONTRACTS["attention"], REQUEST, Policy("acme", fallback=frozenset({"fused"})), Registry(BACKENDS)
+    )
+    found = json.loads(json.dumps(as_json(decision)))
+    assert found["contract"] == "attention"
+    assert found["version"] == 1
+    assert found["request"] == dataclasses.asdict(REQUEST) | {"dtype": "bfloat16"}
+    assert found["policy"] == {"backend": "acme", "ops": {}, "fallback": ["fused"]}
+    assert (found["asked"], found["chosen"], found["fell_back"]) == ("acme (default)", "acme.wide", False)
+    assert [(c["id"], c["status"]) for c in found["candidates"]] == [(c.id, c.status) for c in decision.candidates]
+    assert found["candidates"][0]["reasons"] == [
+        {"code": "package", "got": "no_such_package not installed", "want": "pip install no_such_package"}
+    ]
+
+
+def test_json_of_a_fused_request_and_of_no_choice():
+    request = FusedRequest("cpu", torch.float16, (2, 8, 64), affine=True)
+    decision = select(CONTRACTS["fused.layer_norm_modulate"], request, Policy(), Registry(()))
+    found = json.loads(json.dumps(as_json(decision)))
+    assert (found["chosen"], found["request"]["shape"]) == ("composite", [2, 8, 64])
+    nothing = json.loads(json.dumps(as_json(select(CONTRACTS["attention"], REQUEST, Policy(), Registry(())))))
+    assert (nothing["chosen"], nothing["candidates"]) == (None, [])
+
+
+def test_a_request_is_described_without_its_defaults():
+    assert "packed" not in describe_request(REQUEST)
+    assert describe_request(FusedRequest("cpu", torch.float64, (3,), permuted=True)) == (
+        "device_type=cpu dtype=float64 shape=(3,) permuted=True"
+    )
