@@ -105,8 +105,10 @@ def _checked(cls: type, values: Mapping[Any, Any], source: str, *, root: type, p
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in annotations:
-            raise ConfigError(f"{source}: unknown key {key!r}{nearest_key(root, key)}\n"
-                              f"  keys {f'of {prefix[:-1]!r}' if prefix else 'here'}: {', '.join(annotations)}")
+            raise ConfigError(
+                f"{source}: unknown key {key!r}{nearest_key(root, key)}\n"
+                f"  keys {f'of {prefix[:-1]!r}' if prefix else 'here'}: {', '.join(annotations)}"
+            )
         annotation = annotations[name]
         if not _is_section(annotation):
             result[name] = _typed(annotation, value, f"{source}: {key}")

@@ -40,9 +40,7 @@ class Weights:
 def weights_of(model: Any) -> Weights:
     """The live parameters of a transformer with a Wan config: gradients flow into them."""
     config = model.config
-    return Weights(
-        dict(model.named_parameters()), config.num_heads, config.num_layers, config.out_dim, config.eps
-    )
+    return Weights(dict(model.named_parameters()), config.num_heads, config.num_layers, config.out_dim, config.eps)
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -123,7 +121,12 @@ def embed_patches(weights: Weights, latents_BCTHW: Tensor) -> Tensor:
 
 
 def block(
-    weights: Weights, index: int, x_BNC: Tensor, e0_B6C: Tensor, text_BLC: Tensor, turn: Tensor,
+    weights: Weights,
+    index: int,
+    x_BNC: Tensor,
+    e0_B6C: Tensor,
+    text_BLC: Tensor,
+    turn: Tensor,
     mask_BN: Tensor | None = None,
 ) -> Tensor:
     name = f"blocks.{index}"

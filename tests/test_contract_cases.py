@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ospnext import ops
-from ospnext.ops.contract import UNIT_ROUNDOFF, judge
+from ospnext.ops.contract import UNIT_ROUNDOFF, factor_of, judge
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.policy import COMPOSITE, Policy
 from ospnext.ops.registry import registry
@@ -78,11 +79,12 @@ def test_case(name, identifier):
         actual = contract.call(**inputs)
     assert actual.keys() == oracle.keys() == yardstick.keys()
     for key, value in actual.items():
-        verdict = judge(value, oracle[key], yardstick[key])
+        verdict = judge(value, oracle[key], yardstick[key], factor_of(key))
         assert verdict.ok, f"{key}: {verdict.ratio:.2f} times its bound, {verdict}"
         assert value.is_contiguous() or key != "out"
     for key, value in untouched.items():
-        same = torch.equal(_bits(inputs[key]), _bits(value)) if isinstance(value, torch.Tensor) else inputs[key] == value
+        tensor = isinstance(value, torch.Tensor)
+        same = torch.equal(_bits(inputs[key]), _bits(value)) if tensor else inputs[key] == value
         assert same, f"{key} was written to"
 
 
@@ -125,7 +127,9 @@ def test_the_attention_oracle_is_scaled_dot_product_attention(name):
     inputs = contract.inputs(case)
     oracle = contract.oracle(inputs)
     leaves = [inputs[key].double().requires_grad_() for key in ("q", "k", "v")]
-    starts = [(None, None)] if not case.request.packed else list(zip(*(_spans(inputs, s) for s in ("q", "kv")), strict=True))
+    starts = [(None, None)]
+    if case.request.packed:
+        starts = list(zip(*(_spans(inputs, s) for s in ("q", "kv")), strict=True))
     outs, lses = [], []
     for rows, keys in starts:
         q, k, v = (t if rows is None else t[None, s] for t, s in zip(leaves, (rows, keys, keys), strict=True))
@@ -151,7 +155,7 @@ def test_the_attention_oracle_is_scaled_dot_product_attention(name):
 
 def _spans(inputs, side):
     ends = inputs[f"cu_seqlens_{side}"].tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def _rotation(x, cos, sin):
@@ -184,9 +188,7 @@ def test_the_fused_oracles_are_the_functions_of_pytorch(name):
     inputs = contract.inputs(case)
     oracle = contract.oracle(inputs)
     grad_out = inputs.pop("grad_out", None)
-    named = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-    }
+    named = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     leaves = {k: named[k].requires_grad_() for k in named if f"d{k}" in oracle}
     out = INDEPENDENT[contract.name](**named)
     agree(oracle["out"], out)

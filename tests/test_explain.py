@@ -79,9 +79,13 @@ def test_the_error_of_an_impossible_request_is_the_explanation():
         Policy(ops=(("attention", "acme.narrow"),), source=(("ops", "use_backend"),)),
         Registry(BACKENDS),
     )
-    with use_registry(Registry(BACKENDS)), ops.use_backend(ops={"attention": "acme.narrow"}):
-        with pytest.raises(UnsupportedRequestError) as error:
-            ops.attention(q, q, q, return_lse=True)
+    asked = {"attention": "acme.narrow"}
+    with (
+        use_registry(Registry(BACKENDS)),
+        ops.use_backend(ops=asked),
+        pytest.raises(UnsupportedRequestError) as error,
+    ):
+        ops.attention(q, q, q, return_lse=True)
     assert str(error.value) == as_text(decision)
     lines = str(error.value).splitlines()
     assert lines[0] == "no implementation takes this attention request"

@@ -141,10 +141,10 @@ def bf16_model(config, tmp_path, fp32_islands: bool) -> OSPNextTransformer:
 def test_bf16_model_is_near_the_exact_one(config, fp32_islands, tmp_path):
     """In root mean square, against fp64 with the same (bf16) weights and inputs.
 
-    A signal passes some 30 roundings of relative size u = 2^-8 in each block (additions to the stream, steps of the three
-    branches), which add up like a random walk to at most sqrt(30 * blocks) u = 0.06. The sharper bound is the yardstick:
-    the same formulas with every intermediate in bf16. Measured: 0.007 to 0.008, against 0.010 of the yardstick.
-    """
+    A signal passes some 30 roundings of relative size u = 2^-8 in each block (additions to the stream, steps of the
+    three branches), which add up like a random walk to at most sqrt(30 * blocks) u = 0.06. The sharper bound is the
+    yardstick: the same formulas with every intermediate in bf16. Measured: 0.007 to 0.008, against 0.010 of the
+    yardstick."""
     config = config.replace(out_dim=config.in_dim)
     model, rounded = bf16_model(config, tmp_path, fp32_islands), random_model(config, dtype=torch.bfloat16)
     assert (model.time_embedding[0].weight.dtype == torch.float32) == fp32_islands

@@ -106,8 +106,10 @@ def test_attention_stays_inside_a_piece(grid):
     generator = torch.Generator().manual_seed(0)
     for block, kind in zip(layout_of(sparse(), grid, 2).blocks, sparse().block_kinds, strict=True):
         order = skiparse_plan(grid, 2).order("token" if kind == "full" else kind)
-        piece_N = torch.zeros(len(order.raster)) if kind == "full" else torch.repeat_interleave(
-            torch.arange(4), torch.tensor(order.lengths)
+        piece_N = (
+            torch.zeros(len(order.raster))
+            if kind == "full"
+            else torch.repeat_interleave(torch.arange(4), torch.tensor(order.lengths))
         )
         q, k, v = (torch.randn(2, len(piece_N), 2, 4, dtype=torch.float64, generator=generator) for _ in range(3))
         logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / 2

@@ -69,7 +69,10 @@ WRONG = {
     "variable": ({"OSPNEXT_BACKENDS": "acme"}, ["OSPNEXT_BACKENDS", "did you mean OSPNEXT_BACKEND?", "OSPNEXT_OPS:"]),
     "variable with a right one beside it": ({"OSPNEXT_BACKEND": "acme", "OSPNEXT_OP": "x"}, ["OSPNEXT_OP "]),
     "foreign variable": ({"OSPNEXT_ZZZ": "1"}, ["OSPNEXT_ZZZ", "OSPNEXT_FALLBACK:"]),
-    "backend": ({"OSPNEXT_BACKEND": "acmee"}, ["'acmee'", "did you mean acme?", "Known: auto, acme, gone, norms, plain"]),
+    "backend": (
+        {"OSPNEXT_BACKEND": "acmee"},
+        ["'acmee'", "did you mean acme?", "Known: auto, acme, gone, norms, plain"],
+    ),
     "backend in capitals": ({"OSPNEXT_BACKEND": "ACME"}, ["'ACME'", "Known: auto, acme"]),
     "implementation as backend": ({"OSPNEXT_BACKEND": "acme.flash"}, ["'acme.flash'", "Known: auto, acme"]),
     "operator": ({"OSPNEXT_OPS": "atention=acme"}, ["'atention'", "did you mean attention?", "fused.rope"]),

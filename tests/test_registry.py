@@ -125,7 +125,7 @@ def test_a_kernel_that_does_not_load_raises_the_same_error_again_and_is_remember
     known = Registry([fake.backend("a", broken)])
     errors = []
     for _ in range(2):
-        with pytest.raises(OSError, match="libacme.so") as caught:
+        with pytest.raises(OSError, match=r"libacme\.so") as caught:
             known.kernel(broken)
         errors.append(caught.value)
     assert errors[0] is errors[1]

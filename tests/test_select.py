@@ -262,7 +262,7 @@ def test_an_impossible_request_fails_every_time():
     q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
     with use_registry(Registry(TWO)), ops.use_backend("picky"):
         for _ in range(2):
-            with pytest.raises(UnsupportedRequestError, match="dtype: got torch.bfloat16, want fp32"):
+            with pytest.raises(UnsupportedRequestError, match=r"dtype: got torch\.bfloat16, want fp32"):
                 ops.attention(q, q, q)
 
 

@@ -36,8 +36,13 @@ def random_state(config: TransformerConfig = TINY, dtype: torch.dtype = torch.fl
 def diffusers_model(config: TransformerConfig):
     diffusers = pytest.importorskip("diffusers")
     return diffusers.WanTransformer3DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
-        out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
     )
 
@@ -93,8 +98,18 @@ def test_shapes_are_those_of_the_model(name):
     assert sum(map(math.prod, parameter_shapes(PRESETS[name]).values())) == PRESETS[name].parameter_count()
 
 
-@pytest.mark.parametrize("name", ["", "blocks.0", "blocks.x.modulation", "blocks.01.modulation", "blocks.0.norm3",
-                                  "head.modulation.weight", "xblocks.0.modulation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "blocks.0",
+        "blocks.x.modulation",
+        "blocks.01.modulation",
+        "blocks.0.norm3",
+        "head.modulation.weight",
+        "xblocks.0.modulation",
+    ],
+)
 def test_other_names_are_not_translated(name):
     assert official_to_diffusers(name) is None
     assert diffusers_to_official(name) is None
@@ -130,15 +145,26 @@ def test_every_format_and_naming_gives_the_same_model(tmp_path, naming, prefix, 
     named = state if naming == "official" else as_diffusers(state)
     path = tmp_path / f"w.{kind}"
     write_file(path, {prefix + name: tensor for name, tensor in named.items()})
-    overrides = {"num_heads": TINY.num_heads, "text_len": TINY.text_len, "skiparse_model_type": "dual_end",
-                 "sparse_ratio": 2, "num_full_blocks": 4}
+    overrides = {
+        "num_heads": TINY.num_heads,
+        "text_len": TINY.text_len,
+        "skiparse_model_type": "dual_end",
+        "sparse_ratio": 2,
+        "num_full_blocks": 4,
+    }
     model = load_transformer(path, config_overrides=overrides)
     assert model.config == TINY
     assert_same(model.state_dict(), state)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "optimizer": {}},
-                                  lambda s: {"state_dict": {"model": s, "step": 1}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {}},
+        lambda s: {"state_dict": {"model": s, "step": 1}},
+    ],
+)
 def test_state_dicts_are_found_inside_what_trainers_save(folder, wrap):
     path = folder / "trained.pth"
     torch.save(wrap(random_state()), path)
@@ -164,8 +190,15 @@ def test_the_model_owns_its_tensors(folder):
 def test_half_precision_keeps_the_sensitive_parameters_in_fp32(folder, dtype):
     loaded = load_transformer(folder, dtype=dtype).state_dict()
     fp32 = {name for name, tensor in loaded.items() if tensor.dtype == torch.float32}
-    blocks = ["modulation", "norm3.weight", "norm3.bias", "self_attn.norm_q.weight", "self_attn.norm_k.weight",
-              "cross_attn.norm_q.weight", "cross_attn.norm_k.weight"]
+    blocks = [
+        "modulation",
+        "norm3.weight",
+        "norm3.bias",
+        "self_attn.norm_q.weight",
+        "self_attn.norm_k.weight",
+        "cross_attn.norm_q.weight",
+        "cross_attn.norm_k.weight",
+    ]
     time = ("time_embedding.0", "time_embedding.2", "time_projection.1")
     outer = [f"{module}.{x}" for module in time for x in ("weight", "bias")]
     inner = [f"blocks.{i}.{name}" for i in range(TINY.num_layers) for name in blocks]
@@ -174,12 +207,15 @@ def test_half_precision_keeps_the_sensitive_parameters_in_fp32(folder, dtype):
     assert {name for name in loaded if keeps_fp32(name)} == fp32
 
 
-@pytest.mark.parametrize(("large", "small", "expected"), [
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32, torch.bfloat16),
-    (torch.float32, torch.bfloat16, torch.float32),
-    (torch.float64, torch.float64, torch.float64),
-])
+@pytest.mark.parametrize(
+    ("large", "small", "expected"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+    ],
+)
 def test_stored_dtype_is_kept(tmp_path, folder, large, small, expected):
     state = {n: t.to(small if keeps_fp32(n) else large) for n, t in random_state().items()}
     save_file(state, folder / WEIGHTS)
@@ -208,7 +244,11 @@ def test_report_and_log_line_say_what_was_loaded(folder, caplog):
     assert [record.getMessage() for record in caplog.records] == [f"loaded {report}"]
     assert (report.tensors, report.parameters) == (len(parameter_shapes(TINY)), TINY.parameter_count())
     assert (report.naming, report.prefix, report.stored_dtypes, report.dtype) == (
-        "official", "", ("float32",), torch.bfloat16)
+        "official",
+        "",
+        ("float32",),
+        torch.bfloat16,
+    )
     for part in (str(folder), "official Wan names", "used as bfloat16", "dual_end (ratio 2, 4 of 8 blocks full)"):
         assert part in str(report)
 
@@ -274,13 +314,17 @@ FOREIGN = {
     "t5": ({"token_embedding.weight": torch.zeros(8, 4), "blocks.0.attn.q.weight": torch.zeros(4, 4)}, "T5 text"),
     "hf t5": ({"shared.weight": torch.zeros(8, 4), "encoder.block.0.layer.0.layer_norm.weight": torch.zeros(4)}, "T5"),
     "vae": ({"encoder.conv1.weight": torch.zeros(4, 3, 3, 3, 3), "conv1.weight": torch.zeros(2)}, "autoencoder"),
-    "i2v": (random_state() | {"img_emb.proj.0.bias": torch.zeros(4), "blocks.0.cross_attn.k_img.bias": torch.zeros(4)},
-            "image-to-video"),
+    "i2v": (
+        random_state() | {"img_emb.proj.0.bias": torch.zeros(4), "blocks.0.cross_attn.k_img.bias": torch.zeros(4)},
+        "image-to-video",
+    ),
     "diffusers i2v": (as_diffusers(random_state()) | {"blocks.0.attn2.add_k_proj.bias": torch.zeros(4)}, "image-to-"),
     "i2v channels": (random_state(TINY.replace(in_dim=36)), r"36 latent channels and predicts 16"),
     "vace": (random_state() | {"vace_blocks.0.modulation": torch.zeros(1, 6, 48)}, "VACE"),
-    "fp8": ({n: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for n, t in random_state().items()},
-            r"of a dtype other than .*F8_E4M3"),
+    "fp8": (
+        {n: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for n, t in random_state().items()},
+        r"of a dtype other than .*F8_E4M3",
+    ),
     "scaled fp8": (random_state() | {"blocks.0.ffn.0.scale_weight": torch.ones(1)}, "quantized"),
     "empty": ({}, "no tensors at all"),
     "something else": ({"layers.0.weight": torch.zeros(2)}, r"not a Wan transformer.*layers.0.weight"),
@@ -297,11 +341,14 @@ def test_foreign_files_are_named(tmp_path, kind):
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "i2v"}, "of type 'i2v'"),
-    ({"num_attention_heads": 2, "attention_head_dim": 24, "image_dim": 1280}, "image-to-video Wan config"),
-    ({"in_dim": 36}, "36 latent channels"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "i2v"}, "of type 'i2v'"),
+        ({"num_attention_heads": 2, "attention_head_dim": 24, "image_dim": 1280}, "image-to-video Wan config"),
+        ({"in_dim": 36}, "36 latent channels"),
+    ],
+)
 def test_foreign_configs_are_named(folder, config, message):
     (folder / "config.json").write_text(json.dumps(config_json(TINY, "official") | config))
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -330,9 +377,14 @@ def damage_pointer(path):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "w.pth"])
-@pytest.mark.parametrize(("damage", "message"), [
-    (damage_truncate, r"cannot be read: it is truncated"), (damage_empty, "is empty"), (damage_pointer, "git lfs pull"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, r"cannot be read: it is truncated"),
+        (damage_empty, "is empty"),
+        (damage_pointer, "git lfs pull"),
+    ],
+)
 def test_damaged_files_are_refused(folder, name, damage, message):
     torch.save(random_state(), folder / "w.pth")
     damage(folder / name)

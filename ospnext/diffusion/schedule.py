@@ -164,8 +164,16 @@ _RENAMED = {
 _SHIFT_KEY = {"euler": "shift", "unipc": "flow_shift"}
 # Arguments of diffusers' UniPC that do nothing once flow sigmas are used.
 _WITHOUT_EFFECT = {
-    "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "steps_offset", "sigma_min", "sigma_max",
-    "dynamic_thresholding_ratio", "sample_max_value", "rescale_betas_zero_snr",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "timestep_spacing",
+    "steps_offset",
+    "sigma_min",
+    "sigma_max",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "rescale_betas_zero_snr",
 }
 
 

@@ -157,12 +157,16 @@ def _transformer_folder(path: Path) -> Path:
 def _no_config(folder: Path) -> str:
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     if weights:
-        return (f"{folder} has weights ({', '.join(weights[:3])}) but no {CONFIG_NAME}: the copy is incomplete. Put "
-                f"{CONFIG_NAME} there, or give the path of a single weight file to infer its sizes from its shapes")
+        return (
+            f"{folder} has weights ({', '.join(weights[:3])}) but no {CONFIG_NAME}: the copy is incomplete. Put "
+            f"{CONFIG_NAME} there, or give the path of a single weight file to infer its sizes from its shapes"
+        )
     loose = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     found = f"; to load {loose[0]}, give the path of that file" if loose else ""
-    return (f"{folder} is no transformer checkpoint: it has neither {CONFIG_NAME} with *.safetensors "
-            f"nor a folder transformer/ that has{found}")
+    return (
+        f"{folder} is no transformer checkpoint: it has neither {CONFIG_NAME} with *.safetensors "
+        f"nor a folder transformer/ that has{found}"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -179,11 +183,15 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
         names += [name for name in _all_shards(names) if name not in names]
     if not names:
-        raise CheckpointError(f"{folder} has {CONFIG_NAME} but no *.safetensors file. To load a torch.save file, "
-                              "give the path of that file")
+        raise CheckpointError(
+            f"{folder} has {CONFIG_NAME} but no *.safetensors file. To load a torch.save file, "
+            "give the path of that file"
+        )
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {len(absent)} of its {len(names)} weight files: "
-                              f"{', '.join(absent[:10])}. The copy is incomplete; fetch these files again")
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of its {len(names)} weight files: "
+            f"{', '.join(absent[:10])}. The copy is incomplete; fetch these files again"
+        )
     return [folder / name for name in names]
 
 
@@ -238,9 +246,11 @@ def _unreadable(path: Path, error: Exception) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights themselves; run 'git lfs pull' in that repository"
     reason = str(error).splitlines()[0][:200]
-    return (f"{path} ({path.stat().st_size} bytes) cannot be read: it is truncated, damaged or of another format "
-            f"({reason}). Compare its size with the source and fetch it again; a file saved by PyTorch before 1.6 "
-            "has to be saved again by a newer one")
+    return (
+        f"{path} ({path.stat().st_size} bytes) cannot be read: it is truncated, damaged or of another format "
+        f"({reason}). Compare its size with the source and fetch it again; a file saved by PyTorch before 1.6 "
+        "has to be saved again by a newer one"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -262,5 +272,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
             if isinstance(content.get(key), dict):
                 return _unwrap(content[key], path)
     keys = f"keys: {', '.join(map(str, list(content)[:10]))}" if isinstance(content, dict) else type(content).__name__
-    raise CheckpointError(f"{path} holds no state dict: expected tensors by name, by themselves or under "
-                          f"{' or '.join(map(repr, _WRAPPERS))}; found {keys}")
+    raise CheckpointError(
+        f"{path} holds no state dict: expected tensors by name, by themselves or under "
+        f"{' or '.join(map(repr, _WRAPPERS))}; found {keys}"
+    )

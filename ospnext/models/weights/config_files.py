@@ -85,8 +85,10 @@ def _read_shapes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         found = shapes.get(name)
         if found is None or len(found) != rank:
             what = "is absent" if found is None else f"has shape {list(found)}, expected {rank} dimensions"
-            raise CheckpointError(f"the sizes of the model cannot be inferred: {name} {what}. Is the file a part of a "
-                                  "checkpoint? Give the folder with config.json and all of its files")
+            raise CheckpointError(
+                f"the sizes of the model cannot be inferred: {name} {what}. Is the file a part of a "
+                "checkpoint? Give the folder with config.json and all of its files"
+            )
         return found
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
