@@ -131,14 +131,15 @@ class OSPNextTransformer(nn.Module):
         Call it before a compiled forward, so that the indices are constants of the graph instead of being computed in
         it."""
         config, table_dtype = self.config, torch.float64 if self.dtype == torch.float64 else torch.float32
-        # Tensors of inference mode could never serve in training.
-        key = (grid, batch, self.device, table_dtype, torch.is_inference_mode_enabled())
+        key = (grid, batch, self.device, table_dtype)
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = stream_layout(
-                config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs, table_dtype, self.device
-            )
+            # Kept beyond the caller's mode: tensors of inference mode could never serve in training.
+            with torch.inference_mode(False):
+                self._layouts[key] = stream_layout(
+                    config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs, table_dtype, self.device
+                )
         return self._layouts[key]
 
     def _sinusoid(self, timestep_B: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor, factor: float = RES
     """Compare `actual` (dtype under test) with the fp64 `oracle`; bounds come from the same-dtype `yardstick`.
 
     max|Y-R| <= f max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= f rms(P-R)/rms(R) + u, with u the unit roundoff of the
-    dtype and f the `factor`. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and are left out of
-    both errors.
+    dtype and f the `factor`. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and
+    are left out of both errors.
 
     Raises:
         ValueError: shape or dtype of `actual` is not the contract's (a coarser dtype would bring its own, wider bound),

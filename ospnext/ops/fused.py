@@ -207,12 +207,13 @@ def bind() -> None:
 
 def _bind_on_first_call(name: str) -> Callable[..., Tensor]:
     def first(*args: Any) -> Tensor:
+        # Not torch.compiler.disable: decorating with it imports the whole compiler, two seconds for every user.
+        if torch.compiler.is_compiling():
+            raise RuntimeError("the backend policy is read before tracing: call ospnext.ops.bind() first")
         bind()
         return _bound[name](*args)
 
-    return torch.compiler.disable(
-        first, reason="the OSPNEXT policy is read before tracing: call ospnext.ops.bind() first"
-    )
+    return first
 
 
 def _unbind() -> None:

@@ -107,11 +107,11 @@ _plans: dict[tuple[Grid, int], SkiparsePlan] = {}
 def skiparse_plan(grid: Grid, k: int) -> SkiparsePlan:
     """The plan of a token grid (T, H, W) after patching; built once. Raises ValueError for an empty grid or k < 1."""
     # A plain dictionary: torch.compile traces through it, and not through functools.lru_cache.
-    # Tensors of inference mode could never serve in training, so each mode has its own.
-    key = grid, k, torch.is_inference_mode_enabled()
-    if key not in _plans:
-        _plans[key] = _build(grid, k)
-    return _plans[key]
+    if (grid, k) not in _plans:
+        # What is built here outlives the caller's mode: tensors of inference mode could never serve in training.
+        with torch.inference_mode(False):
+            _plans[grid, k] = _build(grid, k)
+    return _plans[grid, k]
 
 
 def _build(grid: Grid, k: int) -> SkiparsePlan:

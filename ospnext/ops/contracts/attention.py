@@ -181,6 +181,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
         inputs["max_seqlen_q"], inputs["max_seqlen_kv"] = request.q_len, request.kv_len
     if request.key_mask:
         mask_BS = torch.rand(request.batch, request.kv_len, generator=generator) < 0.5
+        mask_BS[-1, 0], mask_BS[-1, -1] = True, False
         mask_BS[0] = False  # a fully masked row belongs to every masked case
         inputs["key_mask"] = mask_BS
     if request.custom_scale:
@@ -226,51 +227,40 @@ def cases() -> Iterator[Case]:
     """Dense shapes x dtypes x features, and packed ones. All are required: a backend without them cannot run the
     model.
     """
-    for tag, dtype in _DTYPES.items():
+    for tag in _DTYPES:
         for batch, q_len, kv_len in _SHAPES:
             for feature in ("plain", "mask", "scale", "lse", "backward", "mask-lse-backward"):
-                words = feature.split("-")
-                request = AttentionRequest(
-                    "cpu",
-                    dtype,
-                    batch,
-                    q_len,
-                    kv_len,
-                    2,
-                    64,
-                    key_mask="mask" in words,
-                    custom_scale="scale" in words,
-                    logsumexp="lse" in words,
-                    backward="backward" in words,
-                )
-                yield Case(
-                    f"attention/required/b{batch}-q{q_len}-k{kv_len}-h2-d64-{tag}-{feature}", "required", request
-                )
-        yield Case(
-            f"attention/required/b1-q257-k257-h3-d128-{tag}-lse-backward",
-            "required",
-            AttentionRequest("cpu", dtype, 1, 257, 257, 3, 128, logsumexp=True, backward=True),
-        )
+                # The first sample of a masked case has no key at all, so that it takes another one to see the mask.
+                samples = max(batch, 2) if "mask" in feature else batch
+                yield _case(f"b{samples}-q{q_len}-k{kv_len}", tag, feature, (samples, q_len, kv_len, 2, 64))
+        yield _case("b1-q257-k257", tag, "lse-backward", (1, 257, 257, 3, 128))
         for name, (q_lens, kv_lens) in _PACKS.items():
             for feature in ("plain", "lse-backward"):
-                request = AttentionRequest(
-                    "cpu",
-                    dtype,
-                    len(q_lens),
-                    max(q_lens),
-                    max(kv_lens),
-                    2,
-                    64,
-                    packed=True,
-                    logsumexp="lse" in feature,
-                    backward="backward" in feature,
-                )
-                yield Case(
-                    f"attention/required/packed-{name}-h2-d64-{tag}-{feature}",
-                    "required",
-                    request,
-                    {"q_lens": q_lens, "kv_lens": kv_lens},
-                )
+                sizes = (len(q_lens), max(q_lens), max(kv_lens), 2, 64)
+                yield _case(f"packed-{name}", tag, feature, sizes, {"q_lens": q_lens, "kv_lens": kv_lens})
+
+
+def _case(
+    shape: str, tag: str, feature: str, sizes: tuple[int, int, int, int, int], pack: Mapping[str, Any] | None = None
+) -> Case:
+    """`sizes` are batch, longest query and key sequence, heads and head_dim."""
+    words = feature.split("-")
+    batch, q_len, kv_len, heads, head_dim = sizes
+    request = AttentionRequest(
+        "cpu",
+        _DTYPES[tag],
+        batch,
+        q_len,
+        kv_len,
+        heads,
+        head_dim,
+        packed=pack is not None,
+        key_mask="mask" in words,
+        custom_scale="scale" in words,
+        logsumexp="lse" in words,
+        backward="backward" in words,
+    )
+    return Case(f"attention/required/{shape}-h{heads}-d{head_dim}-{tag}-{feature}", "required", request, pack or {})
 
 
 CONTRACT = Contract(

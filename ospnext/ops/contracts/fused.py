@@ -227,7 +227,8 @@ def _naive_gate_residual(x, y, gate, permutation):
 
 def _gate_residual_operands(features: Features, randn: Randn) -> dict[str, Any]:
     gate = randn(_B, _C) if "gated" in features else None
-    permutation = torch.arange(_N).roll(71).flip(0) if "permuted" in features else None
+    # Not its own inverse, which would hide a wrong direction.
+    permutation = (torch.arange(_N) * 5 + 7) % _N if "permuted" in features else None
     return {"x": randn(_B, _N, _C), "y": randn(_B, _N, _C), "gate": gate, "permutation": permutation}
 
 
