@@ -62,7 +62,7 @@ def run_theirs(model: torch.nn.Module, latents, timestep, text) -> torch.Tensor:
 
 @pytest.mark.parametrize(("config", "grid", "batch"), SHAPES)
 def test_fp32_forward(config, grid, batch):
-    """Measured: at most 2e-6."""
+    """Measured: at most 5e-6, nearly all of it diffusers' fp32 sinusoid."""
     model = random_model(config, dtype=torch.float32)
     inputs = random_inputs(config, grid, batch=batch, dtype=torch.float32)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_fp32_forward(config, grid, batch):
 
 
 def test_fp32_gradients():
-    """Of every parameter, through the key map; measured: at most 1e-5 of the largest of a tensor."""
+    """Of every parameter, through the key map; measured: at most 6e-6 of the largest of a tensor."""
     model = random_model(SMALL, dtype=torch.float32)
     theirs, inputs = twin(model), random_inputs(SMALL, (2, 3, 4), batch=2, dtype=torch.float32)
     probe = torch.randn(2, SMALL.out_dim, 2, 6, 8, generator=torch.Generator().manual_seed(1))
@@ -136,7 +136,7 @@ def fp64_difference(config, grid, batch, casts: tuple[str, ...]) -> float:
 
 @pytest.mark.parametrize(("config", "grid", "batch"), SHAPES)
 def test_fp64_difference_is_the_internal_casts(config, grid, batch):
-    """With all casts widened both agree to fp64 rounding (measured: 2e-14); as they are, to fp32 rounding (3e-6)."""
+    """With all casts widened both agree to fp64 rounding (measured: 6e-16); as they are, to fp32's (5e-6)."""
     assert 1e-9 < fp64_difference(config, grid, batch, ()) <= FP32_BOUND
     assert fp64_difference(config, grid, batch, CASTS) <= FP64_BOUND
 
