@@ -54,13 +54,18 @@ class SdpaAttention:
 
 
 def _dense(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out_BHSD, lse_BHS = _forward(*(t.transpose(1, 2) for t in (q_BSHD, k_BSHD, v_BSHD)), scale=scale)
+    out_BHSD, lse_BHS = _forward(*map(_heads_second, (q_BSHD, k_BSHD, v_BSHD)), scale=scale)
     return out_BHSD.transpose(1, 2).contiguous(), lse_BHS.contiguous()
 
 
 def _dense_backward(grad_out, q, k, v, out, lse, scale):
-    swapped = [t.transpose(1, 2) for t in (grad_out, q, k, v, out)]
+    swapped = map(_heads_second, (grad_out, q, k, v, out))
     return tuple(g.transpose(1, 2).contiguous() for g in _backward(*swapped, lse, 0.0, False, scale=scale))
+
+
+def _heads_second(t_BSHD: Tensor) -> Tensor:
+    # The kernels read every head as if its channels lay side by side, and give wrong numbers without a word otherwise.
+    return (t_BSHD if t_BSHD.stride(-1) == 1 else t_BSHD.contiguous()).transpose(1, 2)
 
 
 sdpa = SdpaAttention()
