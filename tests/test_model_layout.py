@@ -149,7 +149,7 @@ def test_rotary_tables_are_rounded_once():
 
 
 def test_attention_sees_relative_positions_only():
-    """The reason for RoPE: <q at x, k at y> depends on y - x, on each axis. Fails for a wrong pairing of channels."""
+    """The reason for RoPE: <q at x, k at y> depends on y - x alone, on each axis."""
     generator = torch.Generator().manual_seed(0)
     grid, config = (4, 5, 6), SMALL
     q, k = (torch.randn(1, 1, 1, 12, dtype=torch.float64, generator=generator) for _ in range(2))
