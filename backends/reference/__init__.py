@@ -1,6 +1,8 @@
 """The reference backend: plain PyTorch, on any device. This file is its manifest, pure data."""
 
-from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest
+import torch
+
+from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, Refusal
 
 _HERE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
@@ -19,6 +21,11 @@ MANIFEST = Manifest(
             f"{_HERE}.sdpa:sdpa",
             supports=f"{_HERE}.predicates:sdpa",
             handles=frozenset({"packed", "custom_scale", "logsumexp", "backward"}),
+            refusals=(
+                Refusal("device", {"device_type": "meta"}),
+                Refusal("dtype", {"dtype": torch.float8_e4m3fn}),
+                Refusal("length", {"kv_len": 0}),
+            ),
             note="PyTorch's own flash attention for CPU",
         ),
         Implementation(

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ospnext.ops.contract import Reason, need
+from ospnext.ops.contract import Need, need
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.registry import DeviceInfo
 
 
-def sdpa(request: AttentionRequest, device: DeviceInfo) -> Iterator[Reason | None]:
+def sdpa(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
     """PyTorch's flash attention for CPU exists on CPU only, and not for empty tensors."""
     yield need(request.device_type == "cpu", "device", got=request.device_type, want="cpu")
     yield need(

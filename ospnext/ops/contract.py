@@ -7,12 +7,13 @@ it."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
+
+from ospnext.ops.tolerance import Verdict, factor_of, judge, judge_exact
 
 Level = Literal["required", "optional", "extension"]
 
@@ -32,9 +33,19 @@ class Reason:
         return f"{self.code}: got {self.got}, want {self.want}"
 
 
-def need(condition: bool, code: str, *, got: object, want: str) -> Reason | None:
-    """One line of a predicate: None if `condition` holds, else the reason."""
-    return None if condition else Reason(code, str(got), want)
+@dataclass(frozen=True)
+class Need:
+    """One line of a predicate: whether it is met, and the reason to give where it is not.
+
+    Met needs are yielded too, so that the conformance suite can see every code a predicate knows."""
+
+    reason: Reason
+    met: bool
+
+
+def need(condition: bool, code: str, *, got: object, want: str) -> Need:
+    """One line of a predicate."""
+    return Need(Reason(code, str(got), want), bool(condition))
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,20 @@ class Case:
     level: Level
     request: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: How the suite lays out the inputs in memory; see `ospnext.conformance.layouts`.
+    layout: str = "contiguous"
+    #: The suite repeats this case in every memory layout and execution mode.
+    crossed: bool = False
+    #: The result is exact in the dtype under test: it must equal the oracle bit for bit.
+    exact: bool = False
+
+
+#: Turns the public function under test into another form of it, e.g. a compiled one.
+Through = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def as_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 @dataclass(frozen=True)
@@ -62,108 +87,63 @@ class Contract:
     oracle: Callable[[Mapping[str, Any]], dict[str, Tensor]]
     #: The same in the dtype of the inputs, naive and in another operation order: what plain rounding costs.
     yardstick: Callable[[Mapping[str, Any]], dict[str, Tensor]]
-    #: The public function under test, called with the named inputs.
-    call: Callable[..., dict[str, Tensor]]
+    #: (named inputs, through) -> named results of the public function under test.
+    call: Callable[[Mapping[str, Any], Through], dict[str, Tensor]]
     cases: Callable[[], Iterator[Case]]
+    #: Named inputs -> (torch.library op, its arguments) of every op behind the public function, for opcheck.
+    library_calls: Callable[[Mapping[str, Any]], Iterator[tuple[Any, tuple[Any, ...]]]] | None = None
     #: Plain PyTorch definition, used by backends that declare no kernel. Only optional contracts have one.
     composite: Any = None
     version: int = 1
 
-    def judge(self, found: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Verdict]:
-        """One verdict per named result of `call` on `inputs`."""
-        oracle, yardstick = self.oracle(inputs), self.yardstick(inputs)
-        if found.keys() != oracle.keys():
-            raise ValueError(f"{self.name} was to give {sorted(oracle)}, it gave {sorted(found)}")
-        return {name: judge(found[name], oracle[name], yardstick[name], factor_of(name)) for name in oracle}
+    def expect(self, inputs: Mapping[str, Any], *, exact: bool = False) -> Expectation:
+        """What a call on `inputs` must return. Costs an evaluation in fp64, so keep it for several calls."""
+        oracle = self.oracle(inputs)
+        return Expectation(self.name, oracle, None if exact else self.yardstick(inputs))
 
     def features(self, request: Any) -> dict[str, Any]:
         """Fields of `request` that ask for more than the default: an implementation must list each, or it is
         refused.
         """
+        return {name: value for name, value in self.options(request).items() if value != _default(request, name)}
+
+    @staticmethod
+    def options(request: Any) -> dict[str, Any]:
+        """The fields of `request` that have a default, by name."""
         return {
             f.name: getattr(request, f.name)
             for f in dataclasses.fields(request)
-            if f.default is not dataclasses.MISSING and getattr(request, f.name) != f.default
+            if f.default is not dataclasses.MISSING
         }
 
 
+def _default(request: Any, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(request) if f.name == name)
+
+
 @dataclass(frozen=True)
-class Verdict:
-    """How far a result is from the oracle, against the bounds derived from the yardstick. Ratios above 1 fail."""
+class Expectation:
+    """The named results of one call: fp64 oracle, and the yardstick (None: the result must be exact)."""
 
-    max_error: float
-    max_bound: float
-    rms_error: float
-    rms_bound: float
-    finite: bool
+    contract: str
+    oracle: Mapping[str, Tensor]
+    yardstick: Mapping[str, Tensor] | None
 
-    @property
-    def ratio(self) -> float:
-        """The worse of the two errors over its bound; infinite where a finite value was expected and none was found."""
-        if not self.finite:
-            return float("inf")
-        return max(_ratio(self.max_error, self.max_bound), _ratio(self.rms_error, self.rms_bound))
+    def judge(self, found: Mapping[str, Tensor], only: Sequence[str] | None = None) -> dict[str, Verdict]:
+        """One verdict per named result.
 
-    @property
-    def ok(self) -> bool:
-        return self.ratio <= 1.0
-
-
-UNIT_ROUNDOFF: dict[torch.dtype, float] = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    torch.float32: 2.0**-24,
-    torch.float64: 2.0**-53,
-}
-
-
-#: How many times the yardstick's error a correct kernel may have. Gradients subtract sums that nearly cancel, in an
-#: order each kernel chooses for itself: PyTorch's own CPU flash attention needs 2.2 (fp32, dk), so they are given 3.
-RESULT_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
-
-
-def factor_of(name: str) -> float:
-    """The factor for a named result; names of gradients begin with "d"."""
-    return GRADIENT_FACTOR if name.startswith("d") else RESULT_FACTOR
-
-
-def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor, factor: float = RESULT_FACTOR) -> Verdict:
-    """Compare `actual` (dtype under test) with the fp64 `oracle`; bounds come from the same-dtype `yardstick`.
-
-    max|Y-R| <= f max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= f rms(P-R)/rms(R) + u, with u the unit roundoff of the
-    dtype and f the `factor`. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and
-    are left out of both errors.
-
-    Raises:
-        ValueError: shape or dtype of `actual` is not the contract's (a coarser dtype would bring its own, wider bound),
-            or the yardstick overflowed and bounds nothing.
-    """
-    if actual.shape != oracle.shape:
-        raise ValueError(f"result has shape {tuple(actual.shape)}, the contract asks for {tuple(oracle.shape)}")
-    if actual.dtype != yardstick.dtype:
-        raise ValueError(f"result is {actual.dtype}, the contract asks for {yardstick.dtype}")
-    unit = UNIT_ROUNDOFF[actual.dtype]
-    y, r, p = (t.detach().to("cpu", torch.float64) for t in (actual, oracle, yardstick))
-    usual = torch.isfinite(r)
-    finite = bool(torch.isfinite(y[usual]).all()) and torch.equal(y[~usual], r[~usual])
-    y, r, p = y[usual], r[usual], p[usual]
-    if not torch.isfinite(p).all():
-        raise ValueError("the yardstick is not finite where the oracle is: choose inputs that its dtype can hold")
-    if r.numel() == 0:
-        return Verdict(0.0, 0.0, 0.0, 0.0, finite)
-    scale, rms = r.abs().max().item(), r.square().mean().sqrt().item()
-    norm = rms if rms > 0 else 1.0
-    return Verdict(
-        max_error=(y - r).abs().max().item(),
-        max_bound=factor * (p - r).abs().max().item() + 2 * unit * scale,
-        rms_error=(y - r).square().mean().sqrt().item() / norm,
-        rms_bound=factor * (p - r).square().mean().sqrt().item() / norm + unit,
-        finite=finite,
-    )
-
-
-def _ratio(error: float, bound: float) -> float:
-    if error == 0.0:
-        return 0.0
-    return error / bound if bound > 0.0 else float("inf")
+        Raises:
+            ValueError: a result is missing or not asked for, or has another shape or dtype than the contract's.
+        """
+        if found.keys() != self.oracle.keys():
+            raise ValueError(f"{self.contract} was to give {sorted(self.oracle)}, it gave {sorted(found)}")
+        verdicts = {}
+        for name in only or self.oracle:
+            try:
+                if self.yardstick is None:
+                    verdicts[name] = judge_exact(found[name], self.oracle[name])
+                else:
+                    verdicts[name] = judge(found[name], self.oracle[name], self.yardstick[name], factor_of(name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return verdicts

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,24 @@ ANY_DEVICE = "*"
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A request that an implementation refuses with reason `code`: how it differs from one that is taken.
+
+    `request` and `device` hold fields of the request and of DeviceInfo. The conformance suite refuses a predicate whose
+    codes have no such example."""
+
+    code: str
+    request: Mapping[str, Any] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute a contract, as data.
 
-    `target` and `supports` are dotted paths ("package.module:name"). `supports(request, device)` yields Reasons (or
-    None) and must depend on nothing else. `handles` lists the request features taken into account; any other feature
-    refuses the call."""
+    `target` and `supports` are dotted paths ("package.module:name"). `supports(request, device)` yields a `need(...)`
+    per condition, met or not, and must depend on nothing else. `refusals` holds an example for every code it knows.
+    `handles` lists the request features taken into account; any other feature refuses the call."""
 
     id: str
     contract: str
@@ -41,12 +53,16 @@ class Implementation:
     handles: frozenset[str] = frozenset()
     requires: tuple[str, ...] = ()
     supports: str = ""
+    refusals: tuple[Refusal, ...] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One backend, as data. Implementations stand in order of preference."""
+    """One backend, as data. Implementations stand in order of preference.
+
+    `cases` is the dotted path of a function that yields conformance cases of level "extension", for what a vendor
+    promises beyond the contracts' own cases."""
 
     backend: str
     description: str
@@ -55,6 +71,7 @@ class Manifest:
     implementations: tuple[Implementation, ...] = ()
     priority: int = 0
     needs: str = ""
+    cases: str = ""
     api: int = API_VERSION
 
     def offers(self, contract: str) -> tuple[Implementation, ...]:

@@ -142,7 +142,7 @@ def _reasons(
         if name not in implementation.handles:
             yield Reason(name, str(value), "default (this implementation does not handle the feature)")
     if implementation.supports:
-        yield from (reason for reason in load(implementation.supports)(request, device) if reason is not None)
+        yield from (line.reason for line in load(implementation.supports)(request, device) if not line.met)
 
 
 def _not_asked(manifest: Manifest, implementation: Implementation, wanted: str, known: Registry) -> Candidate:

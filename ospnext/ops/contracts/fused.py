@@ -7,15 +7,16 @@ with one rounding at the end."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ospnext.ops.contract import Case, Contract
+from ospnext.ops.contract import Case, Contract, Through, as_is
+from ospnext.ops.contracts import fused_definitions as define
 
 
 @dataclass(frozen=True)
@@ -42,78 +43,35 @@ class Composite:
     backward: Callable[..., Sequence[Tensor | None]]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Samples, tokens and channels of a case, in heads of `head_dim`; `x` is multiplied by `magnitude`."""
+
+    B: int = 2
+    N: int = 203
+    C: int = 96
+    head_dim: int = 32
+    magnitude: float = 1.0
+
+
 Features = frozenset[str]
 Randn = Callable[..., Tensor]
-#: Sizes of the cases: two samples, an odd number of tokens, three heads of 32.
-_B, _N, _C, _D = 2, 203, 96, 32
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _wide(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the accumulation dtype of the first; None stays None."""
-    assert tensors[0] is not None
-    dtype = accumulation_dtype(tensors[0].dtype)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
-class _PerToken(torch.autograd.Function):
-    """A parameter repeated for each token [B, N, C]; its gradient adds the tokens one after the other.
-
-    Only the yardstick uses it: kernels may add tokens in any order, so the yardstick takes the plainest and least
-    accurate one."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, batch: int, tokens: int) -> Tensor:
-        ctx.per_sample = parameter.ndim == 2
-        return (parameter[:, None] if ctx.per_sample else parameter).expand(batch, tokens, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows = grads[0].unbind(1) if ctx.per_sample else grads[0].flatten(0, 1).unbind(0)
-        total = torch.zeros_like(rows[0])
-        for row in rows:
-            total = total + row
-        return total, None, None
-
-
-def _per_token(parameter: Tensor, x: Tensor) -> Tensor:
-    return _PerToken.apply(parameter, *x.shape[:2])
 
 
 # ---- rms_norm
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 RMS_NORM = """\
 y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]; y has shape and dtype of x,
 contiguous. The weight is applied before the one rounding to the dtype of x."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide_x, wide_weight = _wide(x, weight)
-    return (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype).contiguous()
-
-
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float):
-    wide_x, wide_grad, wide_weight = _wide(x, grad, weight)
-    inverse = torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
-    normed, scaled = wide_x * inverse, wide_grad * wide_weight
-    dx = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype), None
-
-
-def _naive_rms_norm(x, weight, eps):
-    return _per_token(weight, x) * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def _rms_norm_operands(features: Features, randn: Randn) -> dict[str, Any]:
-    return {"x": randn(_B, _N, _C), "weight": randn(_C), "eps": 1e-6}
+def _rms_norm_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    return {"x": randn(at.B, at.N, at.C) * at.magnitude, "weight": randn(at.C), "eps": 1e-6}
 
 
 # ---- layer_norm_modulate
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 LAYER_NORM_MODULATE = """\
 y = n * (1 + scale) + shift, where n = (x - mean(x)) / sqrt(var(x) + eps) [* weight + bias] over the last dimension,
@@ -122,44 +80,11 @@ and dtype of x, contiguous.
 """
 
 
-def layer_norm_modulate(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> Tensor:
-    wide_x, wide_weight, wide_bias, wide_shift, wide_scale = _wide(x, weight, bias, shift, scale)
-    y = F.layer_norm(wide_x, x.shape[-1:], wide_weight, wide_bias, eps)
-    if wide_scale is not None:
-        y = y * (1 + wide_scale[:, None]) + wide_shift[:, None]
-    return y.to(x.dtype).contiguous()
-
-
-def _layer_norm_modulate_backward(grad: Tensor, x: Tensor, weight, bias, shift, scale, eps: float):
-    wide_x, wide_grad, wide_weight, wide_bias, wide_scale = _wide(x, grad, weight, bias, scale)
-    centred = wide_x - wide_x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed = centred * inverse
-    dweight = dbias = dshift = dscale = None
-    if wide_scale is not None:
-        affine = normed if wide_weight is None else normed * wide_weight + wide_bias
-        dscale, dshift = (wide_grad * affine).sum(1).to(scale.dtype), wide_grad.sum(1).to(shift.dtype)
-        wide_grad = wide_grad * (1 + wide_scale[:, None])
-    if wide_weight is not None:
-        dweight, dbias = (wide_grad * normed).sum((0, 1)).to(weight.dtype), wide_grad.sum((0, 1)).to(bias.dtype)
-        wide_grad = wide_grad * wide_weight
-    dx = inverse * (wide_grad - wide_grad.mean(-1, keepdim=True) - normed * (wide_grad * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), dweight, dbias, dshift, dscale, None
-
-
-def _naive_layer_norm_modulate(x, weight, bias, shift, scale, eps):
-    centred = x - x.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    y = y if weight is None else y * _per_token(weight, x) + _per_token(bias, x)
-    return y if scale is None else y + y * _per_token(scale, x) + _per_token(shift, x)
-
-
-def _layer_norm_modulate_operands(features: Features, randn: Randn) -> dict[str, Any]:
-    weight, bias = (randn(_C) if "affine" in features else None for _ in range(2))
-    shift, scale = (randn(_B, _C) if "modulated" in features else None for _ in range(2))
-    return {"x": randn(_B, _N, _C) + 3, "weight": weight, "bias": bias, "shift": shift, "scale": scale, "eps": 1e-6}
+def _layer_norm_modulate_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    weight, bias = (randn(at.C) if "affine" in features else None for _ in range(2))
+    shift, scale = (randn(at.B, at.C) if "modulated" in features else None for _ in range(2))
+    x = (randn(at.B, at.N, at.C) + 3) * at.magnitude
+    return {"x": x, "weight": weight, "bias": bias, "shift": shift, "scale": scale, "eps": 1e-6}
 
 
 # ---- rope
@@ -172,29 +97,14 @@ dtype of x, contiguous.
 """
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide_x, cos_N1P, sin_N1P = _wide(x, cos[:, None], sin[:, None])
-    real, imaginary = wide_x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos_N1P - imaginary * sin_N1P, real * sin_N1P + imaginary * cos_N1P), dim=-1)
-    return turned.flatten(-2).to(x.dtype).contiguous()
-
-
-def _rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor):
-    return rope(grad, cos, -sin), None, None
-
-
-def _naive_rope(x, cos, sin):
-    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.complex(cos.double(), sin.double())[:, None]).flatten(-2).to(x.dtype)
-
-
-def _rope_operands(features: Features, randn: Randn) -> dict[str, Any]:
-    angles = randn(_N, _D // 2).double()
-    return {"x": randn(_B, _N, _C // _D, _D), "cos": angles.cos().float(), "sin": angles.sin().float()}
+def _rope_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    angles = randn(at.N, at.head_dim // 2).double()
+    x = randn(at.B, at.N, at.C // at.head_dim, at.head_dim)
+    return {"x": x, "cos": angles.cos().float(), "sin": angles.sin().float()}
 
 
 # ---- gate_residual
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 GATE_RESIDUAL = """\
 z = x + y * gate; out[:, i] = z[:, permutation[i]]. x and y [B, N, C] of one dtype; gate [B, C] or None for 1;
@@ -203,63 +113,35 @@ blocks at no extra pass.
 """
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None, permutation: Tensor | None) -> Tensor:
-    wide_x, wide_y, wide_gate = _wide(x, y, gate)
-    out = wide_x + (wide_y if wide_gate is None else wide_y * wide_gate[:, None])
-    out = out.to(x.dtype)
-    return (out if permutation is None else out[:, permutation]).contiguous()
-
-
-def _gate_residual_backward(grad: Tensor, x: Tensor, y: Tensor, gate: Tensor | None, permutation: Tensor | None):
-    if permutation is not None:
-        grad = torch.empty_like(grad).index_copy(1, permutation, grad)
-    wide_grad, wide_y, wide_gate = _wide(grad, y, gate)
-    dx = grad.to(x.dtype).clone()
-    if gate is None:
-        return dx, grad.to(y.dtype).clone(), None, None
-    return dx, (wide_grad * wide_gate[:, None]).to(y.dtype), (wide_grad * wide_y).sum(1).to(gate.dtype), None
-
-
-def _naive_gate_residual(x, y, gate, permutation):
-    z = x + (y if gate is None else y * _per_token(gate, x))
-    return z if permutation is None else z.index_select(1, permutation)
-
-
-def _gate_residual_operands(features: Features, randn: Randn) -> dict[str, Any]:
-    gate = randn(_B, _C) if "gated" in features else None
+def _gate_residual_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    gate = randn(at.B, at.C) if "gated" in features else None
     # Not its own inverse, which would hide a wrong direction.
-    permutation = (torch.arange(_N) * 5 + 7) % _N if "permuted" in features else None
-    return {"x": randn(_B, _N, _C), "y": randn(_B, _N, _C), "gate": gate, "permutation": permutation}
+    permutation = (torch.arange(at.N) * 11 + 7) % at.N if "permuted" in features else None
+    return {"x": randn(at.B, at.N, at.C), "y": randn(at.B, at.N, at.C), "gate": gate, "permutation": permutation}
 
 
 # ---- gelu_tanh
-# -----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 GELU_TANH = """\
 y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), elementwise. y has shape and dtype of x, contiguous."""
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    # aten's kernel already computes in fp32 and rounds once.
-    return F.gelu(x, approximate="tanh").contiguous()
-
-
-def _gelu_tanh_backward(grad: Tensor, x: Tensor):
-    return (torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),)
-
-
-def _naive_gelu_tanh(x):
-    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-def _gelu_tanh_operands(features: Features, randn: Randn) -> dict[str, Any]:
-    return {"x": randn(_B, _N, _C) * 3}
+def _gelu_tanh_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    return {"x": randn(at.B, at.N, at.C) * 3}
 
 
 # ---- cases and contracts
 # -------------------------------------------------------------------------------------------------------
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+#: Tag -> sizes of forward cases beside the plain ones. More tokens than 65,535, a limit of grids on many devices; the
+#: channels of the 14B model; inputs so small that eps decides.
+_SIZES = {
+    "n75600": Sizes(B=1, N=75_600),
+    "c5120": Sizes(B=1, N=5, C=5120, head_dim=128),
+    "small": Sizes(magnitude=1e-3),
+}
 
 
 def _evaluate(
@@ -294,37 +176,51 @@ def _contract(
     meaning: str,
     composite: Composite,
     naive: Callable[..., Tensor],
-    operands: Callable[[Features, Randn], dict[str, Any]],
+    operands: Callable[[Sizes, Features, Randn], dict[str, Any]],
     features: Sequence[tuple[str, ...]] = ((),),
+    sizes: Sequence[str] = ("n75600", "c5120"),
 ) -> Contract:
     """`naive` is the formula with every intermediate in the dtype of its inputs: the yardstick, and in fp64 the
-    oracle.
+    oracle. `features` are combinations of optional operands, the last one having all of them.
     """
 
     def inputs(case: Case) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(sum(case.id.encode()) * 7919)
+        generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.request.dtype)
 
-        named = operands(case.options["features"], randn)
+        named = operands(case.options["sizes"], case.options["features"], randn)
         return named | ({"grad_out": randn(*named["x"].shape)} if case.request.backward else {})
 
-    def cases() -> Iterator[Case]:
-        for tag, dtype in _DTYPES.items():
-            for chosen in features:
-                for backward in (False, True):
-                    shape = (_B, _N, _C // _D, _D) if name == "rope" else (_B, _N, _C)
-                    request = FusedRequest("cpu", dtype, shape, backward=backward, **dict.fromkeys(chosen, True))
-                    words = "-".join([*chosen, *(["backward"] if backward else [])]) or "plain"
-                    yield Case(
-                        f"fused.{name}/optional/{tag}-{words}", "optional", request, {"features": frozenset(chosen)}
-                    )
+    def case(tag: str, chosen: tuple[str, ...], backward: bool, size: str = "") -> Case:
+        at = _SIZES[size] if size else Sizes()
+        shape = (at.B, at.N, at.C // at.head_dim, at.head_dim) if name == "rope" else (at.B, at.N, at.C)
+        request = FusedRequest("cpu", _DTYPES[tag], shape, backward=backward, **dict.fromkeys(chosen, True))
+        words = "-".join([*chosen, *(["backward"] if backward else [])]) or "plain"
+        identifier = f"fused.{name}/optional/{f'{size}-' if size else ''}{tag}-{words}"
+        options = {"features": frozenset(chosen), "sizes": at}
+        return Case(identifier, "optional", request, options, crossed=backward and chosen == features[-1])
 
-    def call(**named: Any) -> dict[str, Tensor]:
+    def cases() -> Iterator[Case]:
+        for tag in _DTYPES:
+            for chosen in features:
+                yield case(tag, chosen, False)
+                yield case(tag, chosen, True)
+        for size in sizes:
+            yield case("fp32" if size == "small" else "bf16", features[-1], size != "n75600", size)
+
+    def call(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
         from ospnext import ops
 
-        return _evaluate(getattr(ops, name), named, None)
+        return _evaluate(through(getattr(ops, name)), named, None)
+
+    def library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        arguments = dict(named)
+        grad = arguments.pop("grad_out")
+        leaves = [v.detach().requires_grad_() if _differentiable(k, v) else v for k, v in arguments.items()]
+        yield getattr(torch.ops.ospnext, name).default, tuple(leaves)
+        yield getattr(torch.ops.ospnext, f"{name}_backward").default, (grad, *arguments.values())
 
     return Contract(
         name=f"fused.{name}",
@@ -336,29 +232,46 @@ def _contract(
         inputs=inputs,
         cases=cases,
         call=call,
+        library_calls=library_calls,
         oracle=lambda named: _evaluate(naive, named, torch.float64),
         yardstick=lambda named: _evaluate(naive, named, None),
     )
 
 
+_WITH_SMALL = ("n75600", "c5120", "small")
+
 CONTRACTS = (
-    _contract("rms_norm", RMS_NORM, Composite(rms_norm, _rms_norm_backward), _naive_rms_norm, _rms_norm_operands),
+    _contract(
+        "rms_norm",
+        RMS_NORM,
+        Composite(define.rms_norm, define.rms_norm_backward),
+        define.naive_rms_norm,
+        _rms_norm_operands,
+        sizes=_WITH_SMALL,
+    ),
     _contract(
         "layer_norm_modulate",
         LAYER_NORM_MODULATE,
-        Composite(layer_norm_modulate, _layer_norm_modulate_backward),
-        _naive_layer_norm_modulate,
+        Composite(define.layer_norm_modulate, define.layer_norm_modulate_backward),
+        define.naive_layer_norm_modulate,
         _layer_norm_modulate_operands,
         ((), ("affine",), ("modulated",), ("affine", "modulated")),
+        _WITH_SMALL,
     ),
-    _contract("rope", ROPE, Composite(rope, _rope_backward), _naive_rope, _rope_operands),
+    _contract("rope", ROPE, Composite(define.rope, define.rope_backward), define.naive_rope, _rope_operands),
     _contract(
         "gate_residual",
         GATE_RESIDUAL,
-        Composite(gate_residual, _gate_residual_backward),
-        _naive_gate_residual,
+        Composite(define.gate_residual, define.gate_residual_backward),
+        define.naive_gate_residual,
         _gate_residual_operands,
         ((), ("gated",), ("permuted",), ("gated", "permuted")),
     ),
-    _contract("gelu_tanh", GELU_TANH, Composite(gelu_tanh, _gelu_tanh_backward), _naive_gelu_tanh, _gelu_tanh_operands),
+    _contract(
+        "gelu_tanh",
+        GELU_TANH,
+        Composite(define.gelu_tanh, define.gelu_tanh_backward),
+        define.naive_gelu_tanh,
+        _gelu_tanh_operands,
+    ),
 )

@@ -1,0 +1,114 @@
+"""How close is close enough: bounds that come from an fp64 oracle and a same-dtype yardstick, never from what passes.
+
+The yardstick runs on the CPU, so that a device under test cannot widen its own bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF: dict[torch.dtype, float] = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+
+#: How many times the yardstick's error a correct kernel may have. Gradients subtract sums that nearly cancel, in an
+#: order each kernel chooses for itself: PyTorch's own CPU flash attention needs 2.2 (fp32, dk), so they are given 3.
+RESULT_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result is from the oracle, against the bounds derived from the yardstick. Ratios above 1 fail."""
+
+    max_error: float
+    max_bound: float
+    rms_error: float
+    rms_bound: float
+    finite: bool
+
+    @property
+    def ratio(self) -> float:
+        """The worse of the two errors over its bound; infinite where a finite value was expected and none was found."""
+        if not self.finite:
+            return float("inf")
+        return max(ratio(self.max_error, self.max_bound), ratio(self.rms_error, self.rms_bound))
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def factor_of(name: str) -> float:
+    """The factor for a named result; names of gradients begin with "d"."""
+    return GRADIENT_FACTOR if name.startswith("d") else RESULT_FACTOR
+
+
+def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor, factor: float = RESULT_FACTOR) -> Verdict:
+    """Compare `actual` (dtype under test) with the fp64 `oracle`; bounds come from the same-dtype `yardstick`.
+
+    max|Y-R| <= f max|P-R| + 2 u max|R|  and  rms(Y-R)/rms(R) <= f rms(P-R)/rms(R) + u, with u the unit roundoff of the
+    dtype and f the `factor`. Infinities of the oracle (the logsumexp of a fully masked row) must be matched exactly and
+    are left out of both errors.
+
+    Raises:
+        ValueError: shape or dtype of `actual` is not the contract's (a coarser dtype would bring its own, wider bound),
+            or the yardstick overflowed and bounds nothing.
+    """
+    if actual.dtype != yardstick.dtype:
+        raise ValueError(f"result is {actual.dtype}, the contract asks for {yardstick.dtype}")
+    unit = UNIT_ROUNDOFF[actual.dtype]
+    y, r, usual, finite = _finite_part(actual, oracle)
+    p = yardstick.detach().to("cpu", torch.float64)[usual]
+    if not torch.isfinite(p).all():
+        raise ValueError("the yardstick is not finite where the oracle is: choose inputs that its dtype can hold")
+    if r.numel() == 0:
+        return Verdict(0.0, 0.0, 0.0, 0.0, finite)
+    norm = _rms(r) or 1.0
+    return Verdict(
+        max_error=_largest(y - r),
+        max_bound=factor * _largest(p - r) + 2 * unit * _largest(r),
+        rms_error=_rms(y - r) / norm,
+        rms_bound=factor * _rms(p - r) / norm + unit,
+        finite=finite,
+    )
+
+
+def judge_exact(actual: Tensor, oracle: Tensor) -> Verdict:
+    """Compare `actual` with an oracle that its dtype can hold: no difference is allowed (0 and -0 are equal)."""
+    y, r, _, finite = _finite_part(actual, oracle.to(actual.dtype))
+    if r.numel() == 0:
+        return Verdict(0.0, 0.0, 0.0, 0.0, finite)
+    return Verdict(_largest(y - r), 0.0, _rms(y - r) / (_rms(r) or 1.0), 0.0, finite)
+
+
+def _finite_part(actual: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """(actual, oracle) in fp64 where the oracle is finite, where that is, and whether `actual` agrees with it on
+    that.
+    """
+    if actual.shape != oracle.shape:
+        raise ValueError(f"result has shape {tuple(actual.shape)}, the contract asks for {tuple(oracle.shape)}")
+    y, r = (t.detach().to("cpu", torch.float64) for t in (actual, oracle))
+    usual = torch.isfinite(r)
+    finite = bool(torch.isfinite(y[usual]).all()) and torch.equal(y[~usual], r[~usual])
+    return y[usual], r[usual], usual, finite
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().max().item()
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def ratio(error: float, bound: float) -> float:
+    """error / bound, where no error is 0 and an error without a bound is infinite."""
+    if error == 0.0:
+        return 0.0
+    return error / bound if bound > 0.0 else float("inf")
