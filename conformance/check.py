@@ -41,6 +41,8 @@ class Check:
     contract: Contract | None = None
     request: Any = None
     group: str = ""
+    #: Only the implementation that the backend chooses is run.
+    costly: bool = False
 
 
 @dataclass(frozen=True)

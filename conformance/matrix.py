@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from importlib.resources import files
 
 from ospnext.errors import ConfigError
 from ospnext.ops.contract import Case, Contract
@@ -61,12 +60,6 @@ def shard(checks: list[Check], index: int, count: int) -> list[Check]:
     return [check for check in checks if (check.group or check.id) in mine]
 
 
-def must_pass(level: str) -> list[str]:
-    """Ids of a level, in order, from the list that ships with the suite."""
-    text = (files(__package__) / "data" / "must_pass.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#") and line.split("/")[1] == level]
-
-
 def _of_contract(contract: Contract, cases: Iterable[Case]) -> Iterator[Check]:
     """Each case eagerly; a crossed one in every layout and mode as well."""
     if contract.family == "collective":
@@ -96,6 +89,7 @@ def _check(contract: Contract, case: Case, suffix: str, mode) -> Check:
         contract=contract,
         request=case.request,
         group=case.id,
+        costly=case.costly,
     )
 
 

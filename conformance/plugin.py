@@ -1,6 +1,7 @@
-"""The pytest plugin of the suite: one name per test module, and a refusal to mix two copies of ospnext.
+"""The pytest plugin of the suite: its options, one name per test module, and a refusal to mix two copies of ospnext.
 
-It is loaded in every pytest run wherever ospnext is installed, so it imports pytest and the standard library only."""
+`pytest conformance --backend NAME` is `ospnext conformance run --backend NAME`: same checks, same report. The plugin is
+loaded in every pytest run wherever ospnext is installed, so it imports pytest and the standard library only."""
 
 from __future__ import annotations
 
@@ -44,6 +45,21 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
     return pytest.Dir.from_parent(parent, path=path)
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Options exist only in a run of the suite: other projects may have a `--backend` of their own."""
+    config = pluginmanager.get_plugin("pytestconfig")
+    if config is None or not _asks_for_suite(config):
+        return
+    group = parser.getgroup("ospnext conformance")
+    group.addoption("--backend", help="the backend to judge (default: OSPNEXT_BACKEND)")
+    group.addoption("--level", default="required,optional,extension", help="comma-separated levels (default: all)")
+    group.addoption("--case", action="append", default=[], metavar="GLOB", help="only checks whose id matches")
+    group.addoption("--device", help="device to run on (default: the backend's first)")
+    group.addoption("--shard", default="1/1", metavar="I/N", help="run part I of N")
+    group.addoption("--waivers", type=Path, metavar="FILE", help="known failures")
+    group.addoption("--out", type=Path, metavar="DIR", help="folder for report.json and report.md")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     core = _core_folder()
     if core is None or HERE not in (core / HERE.name, core.parent / HERE.name):
@@ -52,6 +68,17 @@ def pytest_configure(config: pytest.Config) -> None:
         shadow = folder.resolve() / "ospnext"
         if (shadow / "__init__.py").is_file() and shadow != core:
             raise pytest.UsageError(_mixed(f"the installed ospnext is {core}", f"pytest runs on a checkout, {shadow}"))
+
+
+def _asks_for_suite(config: pytest.Config) -> bool:
+    """Whether the suite, or a part of it, is named on the command line, or is where pytest was started."""
+    start = config.invocation_params.dir
+    for word in map(str, config.invocation_params.args):
+        named = word.partition("::")[0]
+        path = (start / named).resolve()
+        if named == SUITE or named.startswith(f"{SUITE}.") or path == HERE or HERE in path.parents:
+            return True
+    return start.resolve() == HERE
 
 
 def _dotted_name(path: Path) -> str:

@@ -35,7 +35,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 BACKENDS_MAY_IMPORT = {"ospnext.ops", "ospnext.numerics", "ospnext.errors"}
-CONFORMANCE_MAY_IMPORT = {"ospnext.ops", "ospnext.models", "ospnext.errors"}
+CONFORMANCE_MAY_IMPORT = {
+    "ospnext.ops",
+    "ospnext.models",
+    "ospnext.diffusion",
+    "ospnext.sparse",
+    "ospnext.errors",
+    "ospnext.atomic",
+    "ospnext.version",
+}
 
 THIRD_PARTY = {"torch", "numpy", "yaml", "safetensors"}
 VENDOR_PACKAGES = {"torch_npu", "triton", "flash_attn", "flash_attn_interface"}
@@ -142,9 +150,12 @@ def core_does_not_import_its_facade(sources: list[Source]) -> Iterator[str]:
 
 
 def core_knows_no_backend(sources: list[Source]) -> Iterator[str]:
+    """Nor the suite that judges backends; only the command line, the top of the house, may start it."""
     names = {source.name for source in sources}
     for source in of(sources, "ospnext"):
         for node, name in imports(source, names):
+            if source.part == "cli" and within(name, {"ospnext.conformance"}):
+                continue
             if within(name, {"ospnext.backends", "ospnext.conformance", "backends", "conformance"}):
                 yield source.at(node, f"imports {name}")
         for node in ast.walk(source.tree):
@@ -293,7 +304,8 @@ FORBIDDEN: list[tuple[Check, str, str]] = [
     (core_does_not_import_its_facade, "ospnext/models/x.py", "from ospnext import __version__"),
     (core_does_not_import_its_facade, "backends/a/x.py", "from ospnext import use_backend"),
     (core_knows_no_backend, "ospnext/ops/x.py", "from ospnext.backends import reference"),
-    (core_knows_no_backend, "ospnext/cli/x.py", "import ospnext.conformance"),
+    (core_knows_no_backend, "ospnext/models/x.py", "import ospnext.conformance"),
+    (core_knows_no_backend, "ospnext/cli/x.py", "import ospnext.backends.a"),
     (core_knows_no_backend, "ospnext/ops/x.py", "target = 'ospnext.backends.reference.attention:math'"),
     (core_imports_little, "ospnext/pipelines/x.py", "import diffusers"),
     (core_imports_little, "ospnext/pipelines/x.py", "try:\n    from tqdm.auto import tqdm\nexcept ImportError: pass"),
@@ -325,6 +337,7 @@ ALLOWED: list[tuple[str, str]] = [
     ("ospnext/pipelines/x.py", "def f():\n    import diffusers\n    return diffusers"),
     ("ospnext/parallel/x.py", "import os\nrank = int(os.environ['RANK'])"),
     ("backends/a/x.py", "import triton\nfrom ospnext.ops.contract import need\nfrom . import y\nfrom .y import z"),
+    ("ospnext/cli/x.py", "def run():\n    from ospnext.conformance import y"),
     ("conformance/x.py", "from ospnext.models import config\nfrom .y import z"),
 ]
 

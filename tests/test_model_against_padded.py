@@ -7,14 +7,13 @@ measured are 2e-14 for outputs and 1e-13 for gradients.
 
 from __future__ import annotations
 
-import padded_model
-import plain_model
 import pytest
 import torch
-from padded_model import reference
 from small_models import SMALL, random_inputs, random_model, relative_error, sparse
 
 from ospnext import ops
+from ospnext.conformance import oracle_dense, oracle_sparse
+from ospnext.conformance.oracle_sparse import reference
 from ospnext.models import OSPNextTransformer
 
 BOUND = 1e-12
@@ -115,12 +114,12 @@ def test_samples_of_a_batch_do_not_meet(config):
 @pytest.mark.parametrize("k", [2, 3])
 def test_the_padded_rearrangements_are_inverse_and_switch_is_the_way_between_them(k):
     x = torch.arange(2 * 2 * k**2 * 2 * k**2).view(2, 2, k**2, 2 * k**2)
-    token, group = (padded_model.split(kind, x, k) for kind in ("token", "group"))
+    token, group = (oracle_sparse.split(kind, x, k) for kind in ("token", "group"))
     assert not torch.equal(token, group)
-    assert torch.equal(padded_model.merge("token", token, k), x)
-    assert torch.equal(padded_model.merge("group", group, k), x)
-    assert torch.equal(padded_model.switch(token, k), group)
-    assert torch.equal(padded_model.switch(group, k), token)
+    assert torch.equal(oracle_sparse.merge("token", token, k), x)
+    assert torch.equal(oracle_sparse.merge("group", group, k), x)
+    assert torch.equal(oracle_sparse.switch(token, k), group)
+    assert torch.equal(oracle_sparse.switch(group, k), token)
 
 
 def test_the_mask_of_the_oracle_matters():
@@ -129,6 +128,6 @@ def test_the_mask_of_the_oracle_matters():
     model, inputs = random_model(config), random_inputs(config, (1, 5, 6))
     expected = reference(model, *inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_model, "attend", lambda q, k, v, mask=None, attend=plain_model.attend: attend(q, k, v))
+        patch.setattr(oracle_dense, "attend", lambda q, k, v, mask=None, attend=oracle_dense.attend: attend(q, k, v))
         unmasked = reference(model, *inputs)
     assert relative_error(unmasked, expected) > 1e-3

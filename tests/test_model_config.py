@@ -7,13 +7,13 @@ import json
 import math
 import re
 
-import padded_model
 import pytest
 import torch
 from small_models import SMALL, dense, random_inputs, random_model, sparse
 from torch.utils.flop_counter import FlopCounterMode
 
 from ospnext import ops
+from ospnext.conformance import oracle_sparse
 from ospnext.errors import ConfigError
 from ospnext.models import PRESETS, OSPNextTransformer, TransformerConfig, preset
 from ospnext.models.config import block_layout
@@ -92,7 +92,7 @@ def test_every_valid_layout_starts_sparse_with_token_and_ends_with_group():
     for layers in range(2, 42, 2):
         for full in range(0, layers // 2 + 1, 4):
             kinds = block_layout(layers, full)
-            assert list(kinds) == padded_model.block_kinds(layers, full)
+            assert list(kinds) == oracle_sparse.block_kinds(layers, full)
             assert kinds.count("full") == full
             sparse_kinds = [kind for kind in kinds if kind != "full"]
             assert sparse_kinds == ["token", "group"] * ((layers - full) // 2)

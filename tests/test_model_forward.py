@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
-import padded_model
-import plain_model
 import pytest
 import torch
 from small_models import SMALL, random_inputs, random_model, relative_error, sparse
 
+from ospnext.conformance import oracle_dense, oracle_sparse
 from ospnext.models import OSPNextTransformer, load_transformer, save_transformer
 
 CONFIGS = pytest.mark.parametrize("config", [SMALL, sparse()], ids=["dense", "sparse"])
@@ -45,7 +44,7 @@ def test_sinusoid_is_computed_in_fp64():
     """In fp32 its angles, up to 1000 radians, would be off by 3e-5."""
     config = SMALL.replace(freq_dim=256)
     timestep = torch.tensor([0.0, 0.7, 500.123, 999.9])
-    expected = plain_model.sinusoid(timestep, 256)
+    expected = oracle_dense.sinusoid(timestep, 256)
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2.0**-25 + 1e-12)):
         found = random_model(config, dtype=dtype)._sinusoid(timestep)
         assert (found.double() - expected).abs().max() <= bound
@@ -149,8 +148,8 @@ def test_bf16_model_is_near_the_exact_one(config, fp32_islands, tmp_path):
     model, rounded = bf16_model(config, tmp_path, fp32_islands), random_model(config, dtype=torch.bfloat16)
     assert (model.time_embedding[0].weight.dtype == torch.float32) == fp32_islands
     latents, timestep, text = random_inputs(config, (2, 5, 6), batch=2, dtype=torch.bfloat16)
-    yardstick = padded_model.reference(rounded, latents, timestep, text)
-    expected = padded_model.reference(rounded.double(), latents.double(), timestep, text.double())
+    yardstick = oracle_sparse.reference(rounded, latents, timestep, text)
+    expected = oracle_sparse.reference(rounded.double(), latents.double(), timestep, text.double())
     error = rms_error(model(latents, timestep, text), expected)
     assert 2.0**-10 < error <= rms_error(yardstick, expected)
     assert error <= (30 * config.num_layers) ** 0.5 * 2.0**-8

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import plain_model
 import pytest
 import torch
 from small_models import SMALL, random_inputs, random_model, relative_error, sparse
 
 from ospnext import ops
+from ospnext.conformance import oracle_dense
 from ospnext.models import PRESETS, OSPNextTransformer
 from ospnext.models.layout import StreamLayout, block_orders, stream_layout
 from ospnext.models.rope import rope_tables
@@ -126,7 +126,7 @@ def test_attention_stays_inside_a_piece(grid):
 def test_rotary_tables_are_complex_numbers_of_the_tokens_place(head_dim):
     """Tables in a sparse order are the raster table, reordered; head_dim below 6 leaves only the time axis."""
     config = sparse(SMALL.replace(dim=2 * head_dim), k=2, num_full_blocks=0)
-    expected = plain_model.rotation(GRID, head_dim).flatten(0, 2)
+    expected = oracle_dense.rotation(GRID, head_dim).flatten(0, 2)
     assert expected.shape[1] == sum(config.rope_pairs) == head_dim // 2
     for block, kind in zip(layout_of(config).blocks, config.block_kinds, strict=True):
         turn = torch.complex(block.cos, block.sin)

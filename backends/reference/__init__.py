@@ -25,6 +25,7 @@ MANIFEST = Manifest(
                 Refusal("device", {"device_type": "meta"}),
                 Refusal("dtype", {"dtype": torch.float8_e4m3fn}),
                 Refusal("length", {"kv_len": 0}),
+                Refusal("gradient_length", {"dtype": torch.bfloat16, "kv_len": 10_000, "backward": True}),
             ),
             note="PyTorch's own flash attention for CPU",
         ),
@@ -34,6 +35,15 @@ MANIFEST = Manifest(
             f"{_HERE}.attention:math",
             handles=_EVERY_FEATURE,
             note="fp32 softmax in blocks of query rows",
+        ),
+        Implementation(
+            "reference.gloo",
+            "collective",
+            f"{_HERE}.collective:gloo",
+            supports=f"{_HERE}.predicates:gloo",
+            handles=frozenset({"uneven", "reduction"}),
+            refusals=(Refusal("dtype", {"dtype": torch.float8_e4m3fn}),),
+            note="torch.distributed on the group of the call; gloo on CPUs",
         ),
     ),
 )

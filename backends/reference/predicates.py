@@ -8,7 +8,13 @@ import torch
 
 from ospnext.ops.contract import Need, need
 from ospnext.ops.contracts.attention import AttentionRequest
+from ospnext.ops.contracts.collective import CollectiveRequest
 from ospnext.ops.registry import DeviceInfo
+
+
+#: PyTorch's kernel adds 16-bit gradients up in 16 bits, block after block: beyond this many tokens the error is more
+#: than twice that of plain rounding and grows with the square root of the length.
+MAX_16_BIT_GRADIENT = 8192
 
 
 def sdpa(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
@@ -23,3 +29,23 @@ def sdpa(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
     yield need(
         request.kv_len > 0 and request.q_len > 0, "length", got=f"{request.q_len}x{request.kv_len}", want="at least 1x1"
     )
+    longest = max(request.q_len, request.kv_len)
+    yield need(
+        not request.backward or request.dtype.itemsize > 2 or longest <= MAX_16_BIT_GRADIENT,
+        "gradient_length",
+        got=f"{longest} tokens in {request.dtype} with gradients",
+        want=f"at most {MAX_16_BIT_GRADIENT}, where 16-bit gradients are added up in 16 bits",
+    )
+
+
+def gloo(request: CollectiveRequest, device: DeviceInfo) -> Iterator[Need]:
+    """gloo has no types of eight bits but integers and bool; HiF8 codes are uint8."""
+    yield need(
+        request.dtype in _SENT_BY_GLOO, "dtype", got=request.dtype, want="fp32, fp64, bf16, fp16, bool or an integer"
+    )
+
+
+_SENT_BY_GLOO = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool),
+)

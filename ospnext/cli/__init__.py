@@ -17,13 +17,16 @@ from typing import NoReturn
 from ospnext.config import did_you_mean
 from ospnext.errors import ConfigError, OSPNextError
 
-# name: (module, one line for `ospnext --help`)
+# name, of one or two words: (module, one line for `ospnext --help`)
 COMMANDS = {
     "generate": ("ospnext.cli.generate", "generate videos from prompts"),
     "convert": ("ospnext.cli.convert", "rewrite a transformer checkpoint in another naming, dtype or sharding"),
     "init-random": ("ospnext.cli.init_random", "write a checkpoint with random weights, for trying things out"),
     "doctor": ("ospnext.cli.doctor", "say what this machine can run, and why not more"),
     "explain": ("ospnext.cli.explain", "say which kernel would run an operator, and why"),
+    "conformance run": ("ospnext.cli.conformance_run", "judge a backend by the conformance suite"),
+    "conformance list": ("ospnext.cli.conformance_list", "print the ids of the conformance checks"),
+    "conformance verify": ("ospnext.cli.conformance_verify", "check a conformance report without running anything"),
 }
 
 EXIT_ERROR = 2
@@ -58,7 +61,11 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         _top_parser().parse_args(argv or ["--help"])
         return 0
-    name, *rest = argv
+    words = 2 if any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if words == 2 and (len(argv) == 1 or argv[1].startswith("-")):
+        _top_parser(argv[0]).parse_args(argv[1:] or ["--help"])
+        return 0
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     command = importlib.import_module(COMMANDS[name][0])
@@ -80,12 +87,14 @@ def _show_warning(message: Warning | str, category: type, filename: str, lineno:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+def _top_parser(group: str = "") -> argparse.ArgumentParser:
+    """The parser that only has --help and --version; a `group` is the first word of the commands that it lists."""
+    shown = {name: summary for name, (_, summary) in COMMANDS.items() if name.startswith(group)}
+    width = max(map(len, shown))
+    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in shown.items())
     parser = Parser(
-        prog="ospnext",
-        usage="ospnext COMMAND ...",
+        prog=f"ospnext {group}".strip(),
+        usage=f"ospnext {group or 'COMMAND'} ...",
         description="OSP-Next text-to-video on any accelerator.",
         epilog=f"commands:\n{listing}\n\n`ospnext COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

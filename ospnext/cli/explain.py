@@ -13,6 +13,7 @@ HELP = """Say which implementation would take a request, and what became of ever
   ospnext explain attention --tokens 75600 --heads 40 --head-dim 128 --dtype bf16
   ospnext explain attention --tokens 19320 --kv-tokens 512 --feature key_mask --feature logsumexp
   ospnext explain fused.rms_norm --shape 1,75600,5120
+  ospnext explain collective --operation all_to_all --ranks 8 --feature uneven
 
 Nothing is run and no kernel is loaded. Exits with 1 if no implementation takes the request."""
 
@@ -36,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--head-dim", type=int, default=128, help="(default: 128)")
     fused = parser.add_argument_group("fused operators")
     fused.add_argument("--shape", default="1,75600,5120", help="shape of the first tensor (default: 1,75600,5120)")
+    collective = parser.add_argument_group("collective")
+    collective.add_argument("--operation", default="all_to_all", metavar="NAME", help="(default: all_to_all)")
+    collective.add_argument("--ranks", type=int, default=8, help="processes that take part (default: 8)")
+    collective.add_argument(
+        "--elements",
+        type=int,
+        default=48_384_000,
+        help="what each contributes (default: 48384000, 1/8 of 75600 x 5120)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +80,8 @@ def _request(contract: Any, args: argparse.Namespace) -> Any:
 
     device_type = args.device or default_device().type
     dtype, features = getattr(torch, DTYPES[args.dtype]), _features(contract, args.feature)
+    if contract.family == "collective":
+        return contract.request(device_type, dtype, _operation(args.operation), args.ranks, args.elements, **features)
     if contract.family != "attention":
         return contract.request(device_type, dtype, _shape(args.shape), **features)
     kv_tokens = args.tokens if args.kv_tokens is None else args.kv_tokens
@@ -88,6 +100,17 @@ def _features(contract: Any, names: list[str]) -> dict[str, bool]:
         if name not in known:
             raise ConfigError(f"--feature {name}{did_you_mean(name, known)}: {contract.name} knows {', '.join(known)}")
     return dict.fromkeys(names, True)
+
+
+def _operation(name: str) -> str:
+    from ospnext.config import did_you_mean
+    from ospnext.ops.contracts.collective import OPERATIONS
+
+    if name not in OPERATIONS:
+        raise ConfigError(
+            f"--operation {name!r}{did_you_mean(name, OPERATIONS)}; collective operations: {', '.join(OPERATIONS)}"
+        )
+    return name
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The one door to hardware: the operators that models call. Nothing else in ospnext depends on a device's kind."""
 
+from ospnext.ops import collective
 from ospnext.ops.attention import attention, attention_packed
 from ospnext.ops.fused import bind, gate_residual, gelu_tanh, layer_norm_modulate, rms_norm, rope
 from ospnext.ops.policy import Policy, current_policy, use_backend
@@ -9,6 +10,7 @@ __all__ = [
     "attention",
     "attention_packed",
     "bind",
+    "collective",
     "current_policy",
     "gate_residual",
     "gelu_tanh",

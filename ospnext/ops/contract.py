@@ -60,6 +60,8 @@ class Case:
     layout: str = "contiguous"
     #: The suite repeats this case in every memory layout and execution mode.
     crossed: bool = False
+    #: Takes so long that only the implementation that is chosen runs it.
+    costly: bool = False
     #: The result is exact in the dtype under test: it must equal the oracle bit for bit.
     exact: bool = False
 

@@ -68,9 +68,11 @@ def _one_sequence(
     if mask_S is not None:
         k_SHD, v_SHD = k_SHD[mask_S], v_SHD[mask_S]  # masked keys leave the computation altogether
     logits_HQK = _logits(q_SHD, k_SHD, scale)
-    lse_HQ = (
-        torch.logsumexp(logits_HQK, dim=-1) if k_SHD.shape[0] else logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
-    )
+    if not k_SHD.shape[0]:
+        return q_SHD * 0, logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
+    max_HQ1 = logits_HQK.detach().amax(dim=-1, keepdim=True)
+    sums_HQ = (logits_HQK - max_HQ1).exp().to(q_SHD.dtype).to(logits_HQK.dtype).sum(dim=-1)
+    lse_HQ = max_HQ1.squeeze(-1) + sums_HQ.log()
     return _product("hqk,khd->qhd", logits_HQK.softmax(dim=-1).to(q_SHD.dtype), v_SHD), lse_HQ
 
 

@@ -1,25 +1,39 @@
-"""The collective family: how ranks exchange tensors. Request type and meaning; kernels and ops come with sequence
-parallelism.
+"""The collective family: how ranks exchange tensors. One contract whose cases are run by as many processes as they have
+ranks, and judged exactly: every sum of a case is of small integers.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from ospnext.ops.contract import Contract
+from ospnext.ops.contract import Case, Contract, Through, as_is
 
 MEANING = """\
+All of them work along dim 0, and return new contiguous memory, on one rank too; inputs stay as they are.
+
 all_to_all      rank r sends its i-th part to rank i; the result holds what rank 0, 1, ... sent, in that order. Parts
-                may be uneven; the split sizes of both sides are part of the call, so that no size is exchanged at run
-                time. Adjoint: the reverse exchange.
-all_gather      concatenation over ranks in rank order. Adjoint: reduce_scatter (sum).
-reduce_scatter  sum over ranks, of which rank r keeps its part. Adjoint: all_gather.
+                may be uneven or empty; the split sizes of both sides are part of the call, so that no size is exchanged
+                at run time. Adjoint: the reverse exchange.
+all_gather      concatenation over ranks in rank order; the shape is the same on each. Adjoint: reduce_scatter (sum).
+reduce_scatter  sum over ranks, of which rank r keeps its part; the parts are even. Adjoint: all_gather.
 all_reduce      sum or maximum over ranks. The adjoint of the sum is the sum; the maximum has no gradient.
 broadcast       the tensor of one rank. Adjoint: sum onto that rank.
-Every member returns new memory, on one rank too."""
+
+A rank sees its own parts only: one may ask for an uneven exchange where another asks for an even one, so the
+implementations that a backend chooses for the two must be able to meet.
+
+Gradients, asynchronous handles and byte counters come with sequence parallelism; until an implementation handles
+`backward`, a request for it is refused."""
+
+Operation = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class CollectiveRequest:
 
     device_type: str
     dtype: torch.dtype
-    operation: Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+    operation: Operation
     ranks: int
     elements: int
     uneven: bool = False
@@ -36,5 +50,154 @@ class CollectiveRequest:
     backward: bool = False
 
 
-#: No contract yet: one is listed only once its op, oracle and cases exist.
-CONTRACTS: tuple[Contract, ...] = ()
+# ---- cases
+
+RANKS = (2, 3, 4)
+#: Rows of a part and what each row holds; no two sizes of a case are equal by accident.
+PART, ROW = 5, (3,)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
+#: (operation, what is special, dtype). HiF8 codes travel as uint8.
+_KINDS: tuple[tuple[Operation, str, str], ...] = (
+    ("all_to_all", "even", "fp32"),
+    ("all_to_all", "even", "bf16"),
+    ("all_to_all", "even", "u8"),
+    ("all_to_all", "even-strided", "fp32"),
+    ("all_to_all", "uneven", "fp32"),
+    ("all_to_all", "uneven", "bf16"),
+    ("all_to_all", "uneven", "u8"),
+    ("all_gather", "", "fp32"),
+    ("all_gather", "strided", "fp32"),
+    ("reduce_scatter", "", "fp32"),
+    ("all_reduce", "sum", "fp32"),
+    ("all_reduce", "max", "fp32"),
+    ("broadcast", "", "fp32"),
+)
+
+
+def cases() -> Iterator[Case]:
+    for ranks in RANKS:
+        for operation, kind, tag in _KINDS:
+            words = "-".join(filter(None, (operation, f"r{ranks}", kind, tag)))
+            uneven = kind == "uneven"
+            request = CollectiveRequest(
+                "cpu",
+                _DTYPES[tag],
+                operation,
+                ranks,
+                elements=_rows(operation, ranks, uneven, rank=0) * math.prod(ROW),
+                uneven=uneven,
+                reduction="max" if kind == "max" else "sum",
+            )
+            layout = "last_stride" if kind.endswith("strided") else "contiguous"
+            yield Case(f"collective/required/{words}", "required", request, layout=layout, exact=True)
+
+
+def part_size(source: int, to: int, uneven: bool) -> int:
+    """Rows that `source` sends `to` another rank: not symmetric, and 0 from rank 1 to rank 0 where uneven."""
+    return (2 * source + 3 * to + 3) % 5 if uneven else PART
+
+
+def _rows(operation: Operation, ranks: int, uneven: bool, rank: int) -> int:
+    if operation == "all_to_all":
+        return sum(part_size(rank, to, uneven) for to in range(ranks))
+    return PART * ranks if operation == "reduce_scatter" else PART
+
+
+def _inputs(case: Case) -> dict[str, dict[str, Any]]:
+    """`rank0`, `rank1`, ... -> the operation and its arguments on that rank."""
+    request = case.request
+    named = {}
+    for rank in range(request.ranks):
+        rows = _rows(request.operation, request.ranks, request.uneven, rank)
+        arguments: dict[str, Any] = {"operation": request.operation, "x": _payload(request, rank, rows)}
+        if request.operation == "all_to_all":
+            everyone = range(request.ranks)
+            arguments["send_splits"] = [part_size(rank, to, request.uneven) for to in everyone]
+            arguments["receive_splits"] = [part_size(source, rank, request.uneven) for source in everyone]
+        elif request.operation == "all_reduce":
+            arguments["reduction"] = request.reduction
+        elif request.operation == "broadcast":
+            arguments["source"] = request.ranks - 1
+        named[f"rank{rank}"] = arguments
+    return named
+
+
+def _payload(request: CollectiveRequest, rank: int, rows: int) -> Tensor:
+    """Integers that tell their rank and place, exact in the dtype and never 0: what was swapped or not written shows.
+
+    For a maximum, each rank has the largest value somewhere."""
+    index = torch.arange(rows * math.prod(ROW)).reshape(rows, *ROW)
+    if request.reduction == "max":
+        return (((rank + index) % request.ranks) * 1000 + index + 1).to(request.dtype)
+    if request.dtype == torch.float32:
+        return (rank * 1000 + index + 1).to(request.dtype)
+    return ((rank * 37 + index) % 200 + 1).to(request.dtype)  # bf16 holds integers up to 256
+
+
+# ---- oracle
+
+
+def _oracle(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What each rank receives, by indexing into what all of them hold."""
+    ranks = list(inputs.values())
+    receive = _ORACLES[ranks[0]["operation"]]
+    return {name: receive([r["x"].double() for r in ranks], ranks, rank) for rank, name in enumerate(inputs)}
+
+
+Arguments = Sequence[Mapping[str, Any]]
+
+
+def _all_to_all(xs: Sequence[Tensor], arguments: Arguments, rank: int) -> Tensor:
+    parts = []
+    for x, sender in zip(xs, arguments, strict=True):
+        ends = [0, *itertools.accumulate(sender["send_splits"])]
+        parts.append(x[ends[rank] : ends[rank + 1]])
+    return torch.cat(parts)
+
+
+def _reduce_scatter(xs: Sequence[Tensor], arguments: Arguments, rank: int) -> Tensor:
+    rows = len(xs[0]) // len(xs)
+    return torch.stack([x[rank * rows : (rank + 1) * rows] for x in xs]).sum(0)
+
+
+def _all_reduce(xs: Sequence[Tensor], arguments: Arguments, rank: int) -> Tensor:
+    stacked = torch.stack(list(xs))
+    return stacked.amax(0) if arguments[rank]["reduction"] == "max" else stacked.sum(0)
+
+
+_ORACLES: dict[str, Callable[[Sequence[Tensor], Arguments, int], Tensor]] = {
+    "all_to_all": _all_to_all,
+    "all_gather": lambda xs, arguments, rank: torch.cat(list(xs)),
+    "reduce_scatter": _reduce_scatter,
+    "all_reduce": _all_reduce,
+    "broadcast": lambda xs, arguments, rank: xs[arguments[rank]["source"]].clone(),
+}
+
+
+def _yardstick(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    return {name: out.to(inputs[name]["x"].dtype) for name, out in _oracle(inputs).items()}
+
+
+def _call(inputs: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
+    """The call of one rank, on the default group; every rank must make its own."""
+    from ospnext.ops import collective
+
+    arguments = dict(inputs)
+    function = getattr(collective, arguments.pop("operation"))
+    return {"out": through(function)(**arguments)}
+
+
+CONTRACT = Contract(
+    name="collective",
+    family="collective",
+    level="required",
+    request=CollectiveRequest,
+    meaning=MEANING,
+    inputs=_inputs,
+    oracle=_oracle,
+    yardstick=_yardstick,
+    call=_call,
+    cases=cases,
+)
+CONTRACTS = (CONTRACT,)

@@ -39,8 +39,11 @@ class Weights:
 
 def weights_of(model: Any) -> Weights:
     """The live parameters of a transformer with a Wan config: gradients flow into them."""
-    config = model.config
-    return Weights(dict(model.named_parameters()), config.num_heads, config.num_layers, config.out_dim, config.eps)
+    return named_weights(dict(model.named_parameters()), model.config)
+
+
+def named_weights(tensors: Mapping[str, Tensor], config: Any) -> Weights:
+    return Weights(tensors, config.num_heads, config.num_layers, config.out_dim, config.eps)
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -89,8 +92,10 @@ def rotation(grid: tuple[int, int, int], head_dim: int) -> Tensor:
 
 def rotate(x_BNHD: Tensor, turn: Tensor) -> Tensor:
     """`turn` is complex, [N, D / 2] or [B, N, D / 2]; it meets x between the head axis and the pairs."""
-    pairs = torch.view_as_complex(x_BNHD.double().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(-2).to(x_BNHD.dtype)
+    # There are no complex numbers in bf16: below fp64 they are of fp32, the table with them.
+    wide = torch.promote_types(x_BNHD.dtype, torch.float32)
+    pairs = torch.view_as_complex(x_BNHD.to(wide).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn.unsqueeze(-2).to(pairs.dtype)).flatten(-2).to(x_BNHD.dtype)
 
 
 def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask_BM: Tensor | None = None) -> Tensor:

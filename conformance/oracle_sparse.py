@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import plain_model
 import torch
-from plain_model import Weights, block, embed_patches, embed_text, embed_time, head, rotation, weights_of
 from torch import Tensor
+
+from . import oracle_dense
+from .oracle_dense import Weights, block, embed_patches, embed_text, embed_time, head, rotation, weights_of
 
 
 def block_kinds(num_layers: int, num_full_blocks: int) -> list[str]:
@@ -75,6 +76,31 @@ def switch(parts: Tensor, k: int) -> Tensor:
     return x.permute(5, 7, 2, 3, 4, 0, 6, 1, *range(8, x.ndim)).reshape(parts.shape)
 
 
+def folded_block(
+    weights: Weights, index: int, kind: str, parts: Tensor, e0_B6C: Tensor, text_BLC: Tensor, turn: Tensor, k: int
+) -> Tensor:
+    """A sparse block on the stream split by its kind; `turn` is that of the unpadded grid."""
+    batch, grid = e0_B6C.shape[0], turn.shape[:3]
+    real = pad(torch.ones(1, *grid, dtype=torch.bool), k, value=False)
+    padded_turn = pad(turn[None], k, value=1.0)  # pads are turned by angle 0
+    mask, part_turn = (split(kind, whole, k).flatten(1, 3).repeat_interleave(batch, 0) for whole in (real, padded_turn))
+    copies = [x.repeat(k**2, 1, 1) for x in (e0_B6C, text_BLC)]
+    return block(weights, index, parts.flatten(1, 3), *copies, part_turn, mask).reshape(parts.shape)
+
+
+def raster_block(
+    weights: Weights, index: int, kind: str, x_BTHWC: Tensor, e0_B6C: Tensor, text_BLC: Tensor, k: int
+) -> Tensor:
+    """Any block by itself, in raster order: what the pads hold does not reach the tokens."""
+    _, t, h, w, channels = x_BTHWC.shape
+    turn = rotation((t, h, w), channels // weights.num_heads)
+    if kind == "full":
+        x_BNC = block(weights, index, x_BTHWC.flatten(1, 3), e0_B6C, text_BLC, turn.flatten(0, 2))
+        return x_BNC.view(x_BTHWC.shape)
+    parts = folded_block(weights, index, kind, split(kind, pad(x_BTHWC, k), k), e0_B6C, text_BLC, turn, k)
+    return merge(kind, parts, k)[:, :, :h, :w]
+
+
 def forward(
     weights: Weights, latents_BCTHW: Tensor, timestep_B: Tensor, text_BLC: Tensor, k: int, num_full_blocks: int
 ) -> Tensor:
@@ -83,35 +109,32 @@ def forward(
     e_BC, e0_B6C = embed_time(weights, timestep_B)
     text_BLC = embed_text(weights, text_BLC)
     x_BTHWC = embed_patches(weights, latents_BCTHW)
-    batch, *grid, _ = x_BTHWC.shape
-    turn = rotation((grid[0], grid[1], grid[2]), x_BTHWC.shape[-1] // weights.num_heads)
-    real = pad(torch.ones(1, *grid, dtype=torch.bool), k, value=False)
-    padded_turn = pad(turn[None], k, value=1.0)  # pads are turned by angle 0
+    _, t, h, w, channels = x_BTHWC.shape
+    turn = rotation((t, h, w), channels // weights.num_heads)
 
     parts = None  # [k^2 B, T, H/k, W/k, C] while the stream is split
     for index, kind in enumerate(kinds):
         if kind == "full":
             if parts is not None:
-                x_BTHWC = merge("group", parts, k)[:, :, : grid[1], : grid[2]]
+                x_BTHWC = merge("group", parts, k)[:, :, :h, :w]
                 parts = None
             x_BNC = block(weights, index, x_BTHWC.flatten(1, 3), e0_B6C, text_BLC, turn.flatten(0, 2))
-            x_BTHWC = x_BNC.unflatten(1, grid)
+            x_BTHWC = x_BNC.unflatten(1, (t, h, w))
             continue
         parts = split("token", pad(x_BTHWC, k), k) if parts is None else switch(parts, k)
-        shape = parts.shape
-        mask, part_turn = (
-            split(kind, whole, k).flatten(1, 3).repeat_interleave(batch, 0) for whole in (real, padded_turn)
-        )
-        copies = [x.repeat(k**2, 1, 1) for x in (e0_B6C, text_BLC)]
-        parts = block(weights, index, parts.flatten(1, 3), *copies, part_turn, mask).reshape(shape)
+        parts = folded_block(weights, index, kind, parts, e0_B6C, text_BLC, turn, k)
     if parts is not None:
-        x_BTHWC = merge("group", parts, k)[:, :, : grid[1], : grid[2]]
+        x_BTHWC = merge("group", parts, k)[:, :, :h, :w]
     return head(weights, x_BTHWC, e_BC)
 
 
-def reference(model: Any, *inputs: Tensor) -> Tensor:
-    """What a transformer should return: by this module if it is sparse, by the plain formulas if it is dense."""
-    config = model.config
+def velocity(weights: Weights, config: Any, *inputs: Tensor) -> Tensor:
+    """What a transformer of this shape should return: by this module if it is sparse, else by the plain formulas."""
     if config.skiparse_model_type == "full":
-        return plain_model.forward(weights_of(model), *inputs)
-    return forward(weights_of(model), *inputs, config.sparse_ratio, config.num_full_blocks)
+        return oracle_dense.forward(weights, *inputs)
+    return forward(weights, *inputs, config.sparse_ratio, config.num_full_blocks)
+
+
+def reference(model: Any, *inputs: Tensor) -> Tensor:
+    """The same for a model's live parameters."""
+    return velocity(weights_of(model), model.config, *inputs)

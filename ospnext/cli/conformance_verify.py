@@ -1,0 +1,39 @@
+"""`ospnext conformance verify`: check a report without running anything. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+HELP = """Check that a conformance report proves what it claims: every must-pass id once and passed, errors within
+bounds, made by this suite from a clean checkout, no waiver out of date, contents unchanged since the run.
+
+  ospnext conformance verify report/report.json
+  ospnext conformance verify report            # a folder with the shards of one run
+
+Runs nothing and needs no accelerator. Exits with 1 if the report is refused. The digest inside a report finds damage
+and careless edits; it is no signature."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("report", type=Path, help="report.json, or a folder of shards")
+    parser.add_argument(
+        "--level", default="required", metavar="LEVELS", help="levels that must be complete (default: required)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ospnext.conformance import verify
+
+    reports = verify.read(args.report)
+    levels = [word.strip() for word in args.level.split(",") if word.strip()]
+    found = verify.problems(reports, datetime.date.today(), levels)
+    backend = reports[0]["backend"]
+    for problem in found:
+        print(f"refused: {problem}", file=sys.stderr)
+    count = sum(len(report["cases"]) for report in reports)
+    if not found:
+        print(f"accepted: {backend['name']} on {backend['device_name']}, {count} results, level {', '.join(levels)}")
+    return 1 if found else 0
