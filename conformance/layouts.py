@@ -30,7 +30,7 @@ def values_in(layout: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor):
             continue
-        if layout == "broadcast" and (axis := _broadcast_axis(tensor)) is not None:
+        if layout == "broadcast" and (axis := _broadcast_axis(tensor, "cu_seqlens_q" in inputs)) is not None:
             changed[name] = tensor.narrow(axis, 0, 1).expand(tensor.shape)
         elif layout == "expanded_grad" and name == "grad_out":
             changed[name] = tensor.flatten()[0].expand(tensor.shape)
@@ -68,9 +68,9 @@ class Placed:
         self._before[name] = _bits(self._buffers[name]).clone()
         return view
 
-    def storages(self) -> set[int]:
+    def storages(self, *, but: str = "") -> set[int]:
         """Addresses of the memory that inputs live in; no result may share one."""
-        tensors = (v for v in self.values.values() if isinstance(v, Tensor) and v.numel())
+        tensors = (v for k, v in self.values.items() if isinstance(v, Tensor) and v.numel() and k != but)
         return {t.untyped_storage().data_ptr() for t in tensors}
 
     def require_untouched(self) -> None:
@@ -125,11 +125,11 @@ def _elements(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
-def _broadcast_axis(tensor: Tensor) -> int | None:
+def _broadcast_axis(tensor: Tensor, packed: bool) -> int | None:
     """Heads of an attention tensor, samples of a stream; small vectors have nothing to broadcast."""
     if not tensor.is_floating_point() or tensor.ndim < 3:
         return None
-    return -2 if tensor.ndim == 4 else 0
+    return -2 if tensor.ndim == 4 or packed else 0
 
 
 def _first_where_zero(tensor: Tensor, strides: Sequence[int]) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ def select_checks(checks: Iterable[Check], levels: Iterable[str], patterns: Iter
         ConfigError: a level is unknown, or a pattern matches nothing.
     """
     checks, levels, patterns = list(checks), list(levels), list(patterns)
-    for level in levels:
+    for level in levels or [""]:
         if level not in LEVELS:
             raise ConfigError(f"unknown level {level!r}; levels: {', '.join(LEVELS)}")
     for pattern in patterns:

@@ -140,14 +140,17 @@ def _judged(contract: Contract, case: Case, target: Target, through: Through) ->
 
 
 def _require_fresh(found: Mapping[str, Tensor], placed: Placed) -> None:
+    """Results own their memory. Gradients may be grad_out itself, as autograd hands it on through a sum."""
     seen = placed.storages()
     for name, value in found.items():
         if name == "out" and not value.is_contiguous():
             raise CheckFailure(f"out has strides {value.stride()}; the contract asks for a contiguous tensor")
         address = value.untyped_storage().data_ptr()
-        if value.numel() and address in seen:
-            raise CheckFailure(f"{name} shares memory with an input or another result; each must own its own")
-        seen.add(address)
+        gradient = name.startswith("d")
+        if value.numel() and address in (placed.storages(but="grad_out") if gradient else seen):
+            raise CheckFailure(f"{name} shares memory with an input or another result; it must own its own")
+        if not gradient:
+            seen.add(address)
 
 
 @contextlib.contextmanager

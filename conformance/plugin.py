@@ -15,6 +15,9 @@ import pytest
 HERE = Path(__file__).resolve().parent
 SUITE = "ospnext.conformance"
 
+#: Why the suite cannot run as it was asked to; set while its tests are collected.
+REFUSAL = pytest.StashKey[str]()
+
 
 class SuiteModule(pytest.Module):
     """A test module of the suite, imported as `ospnext.conformance.<file>` whatever path or import mode pytest has.
@@ -43,6 +46,12 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
     if folder != HERE and HERE not in folder.parents:
         return None
     return pytest.Dir.from_parent(parent, path=path)
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """Stop with one line. Raised any earlier, it would be a traceback among the errors of collection."""
+    if REFUSAL in config.stash:
+        raise pytest.UsageError(config.stash[REFUSAL])
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

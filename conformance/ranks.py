@@ -40,6 +40,9 @@ START_TIMEOUT = 120.0
 #: Time for the processes of a finished or failed group to go by themselves, and then after each signal.
 PARTING = 2.0
 
+#: Groups of one size that may break before the rest of its cases fail unrun: a wrong machine breaks every one of them.
+MAX_BROKEN = 4
+
 TORCH = str(Path(torch.__file__).parent)
 FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
@@ -85,8 +88,13 @@ Outcome = list[Tensor] | str
 def run_cases(job: Job, cases: Sequence[Case]) -> dict[str, Outcome]:
     """Run every case on every rank, in as many sets of processes as it takes."""
     outcomes: dict[str, Outcome] = {}
+    broken = 0
     while remaining := [case for case in cases if case.id not in outcomes]:
+        if broken == MAX_BROKEN:
+            text = f"not run after {broken} groups broke, the last with: {list(outcomes.values())[-1]}"
+            return outcomes | dict.fromkeys((case.id for case in remaining), text)
         outcomes |= _run_in_one_group(job, remaining)
+        broken += len(outcomes) < len(cases)
     return outcomes
 
 
@@ -243,8 +251,10 @@ def _join(rank: int, job: Job, rendezvous: Path) -> torch.device:
         module: Any = torch.get_device_module(job.device_type)
         device = torch.device(job.device_type, rank % module.device_count())
         module.set_device(device)
+    transport = torch.distributed.get_default_backend_for_device(job.device_type)
     torch.distributed.init_process_group(
-        torch.distributed.get_default_backend_for_device(job.device_type),
+        # A backend may send tensors through the host, too.
+        transport if job.device_type == "cpu" else f"cpu:gloo,{job.device_type}:{transport}",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=job.ranks,

@@ -15,12 +15,13 @@ ORDER = ("pass", "waived", "unsupported", "fail", "error")
 def markdown(report: dict[str, Any]) -> str:
     """The report for people: what ran where, what came of it, and how much room was left."""
     backend, source = report["backend"], report["source"]
-    commit = f"`{(source['commit'] or 'installed wheel')[:12]}`{' with uncommitted changes' if source['dirty'] else ''}"
+    commit = f"commit `{source['commit'][:12]}`" if source["commit"] else "installed wheel"
+    commit += " with uncommitted changes" if source["dirty"] else ""
     facts = {
         "device": f"{backend['device_name']} (`{backend['device']}`)",
         "verdict": verdict(report),
         "levels": ", ".join(report["run"]["levels"]),
-        "suite": f"ospnext {report['suite']['version']}, hash `{report['suite']['hash'][:16]}`, commit {commit}",
+        "suite": f"ospnext {report['suite']['version']}, hash `{report['suite']['hash'][:16]}`, {commit}",
         "software": ", ".join(f"{k} {v}" for k, v in _software(report)),
         "variables": ", ".join(f"`{k}={v}`" for k, v in report["environment"]["variables"].items()) or "none set",
         "run": f"{report['run']['started']}, {report['run']['seconds']:.0f} s, {len(report['cases'])} results",

@@ -91,9 +91,12 @@ def digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def device_name(manifest: Manifest) -> str:
+def device_name(manifest: Manifest, device: torch.device) -> str:
+    """The name of the device that runs, which for a backend of any device is not the one it probed."""
     info = registry().probe(manifest.backend).device
-    return info.name if info else "none"
+    if info is not None and info.type == device.type:
+        return info.name
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def _backend(manifest: Manifest, device: torch.device) -> dict[str, Any]:
@@ -102,8 +105,8 @@ def _backend(manifest: Manifest, device: torch.device) -> dict[str, Any]:
         "name": manifest.backend,
         "description": manifest.description,
         "device": str(device),
-        "device_name": device_name(manifest),
-        "capability": str(info.capability) if info else None,
+        "device_name": device_name(manifest, device),
+        "capability": str(info.capability) if info and info.capability is not None else None,
         "versions": dict(info.versions) if info else {},
         "implementations": [{"id": i.id, "contract": i.contract, "note": i.note} for i in manifest.implementations],
     }

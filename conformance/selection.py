@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from ospnext.errors import UnsupportedRequestError
 from ospnext.ops import use_backend
 from ospnext.ops.contract import Contract, Reason
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.policy import Policy
-from ospnext.ops.registry import Implementation, Manifest, load, registry
+from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, load, registry
 from ospnext.ops.select import select
 from ospnext.ops.tolerance import Verdict
 
@@ -147,18 +149,20 @@ EXAMINATIONS: tuple[Callable[[Target, Manifest], Iterator[str]], ...] = (
 
 
 def _taken_requests(target: Target, manifest: Manifest) -> Iterator[tuple[Implementation, Any]]:
-    """Every implementation whose packages are installed, with the plainest request that it takes."""
+    """Every implementation whose packages are installed, with the plainest request that it takes: on the device under
+    test, or else on another type of device that the backend names.
+    """
+    types = [target.device.type, *(t for t in manifest.device_types if t not in (target.device.type, ANY_DEVICE))]
     for implementation in manifest.implementations:
         contract = CONTRACTS[implementation.contract]
         if registry().missing_packages(implementation):
             continue
-        for case in contract.cases():
-            request = on_device(case.request, target.device)
-            if not contract.features(request) and not _refused(contract, implementation, manifest, request):
-                yield implementation, request
-                break
-        else:
-            raise CheckFailure(f"{implementation.id} takes no plain case of {contract.name} on {target.device.type}")
+        requests = (on_device(case.request, torch.device(t)) for t in types for case in contract.cases())
+        plain = (request for request in requests if not contract.features(request))
+        taken = next((r for r in plain if not _refused(contract, implementation, manifest, r)), None)
+        if taken is None:
+            raise CheckFailure(f"{implementation.id} takes no plain case of {contract.name} on {' or '.join(types)}")
+        yield implementation, taken
 
 
 def _refused(contract: Contract, implementation: Implementation, manifest: Manifest, request: Any) -> set[str]:

@@ -57,6 +57,7 @@ class Session:
         self.device = _device(device) if device else default
         require_available(backend, registry())
         runner.check_device(backend, self.device)
+        _require_present(self.device)
         self.manifest = registry().manifests[backend]
         everything = matrix.all_checks(self.manifest)
         self._all_ids = [check.id for check in everything]
@@ -68,15 +69,22 @@ class Session:
         self._decisions, self._started = report.Decisions(), datetime.datetime.now(datetime.UTC)
         self._name = "report" if shard == (1, 1) else f"report-{shard[0]}-of-{shard[1]}"
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             self._journal = out / f"{self._name}.jsonl"
-            self._journal.unlink(missing_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self._journal.unlink(missing_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--out {out}: {error.strerror}") from None
 
     def run(self) -> Iterator[tuple[Step, Result]]:
         """Run every step that is left, one after the other."""
         for step in self.steps:
-            self._note({"id": step.label, "status": "started"})
-            yield step, self.record(step, runner.run_step(step, self.backend, self.device))
+            yield step, self.run_step(step)
+
+    def run_step(self, step: Step) -> Result:
+        """Run one step and keep its result; until then the journal ends with the step's name."""
+        self._note({"id": step.label, "status": "started"})
+        return self.record(step, runner.run_step(step, self.backend, self.device))
 
     def record(self, step: Step, result: Result) -> Result:
         """Keep a result; it is on disk at once, so that a crash of the next kernel does not lose it."""
@@ -120,7 +128,7 @@ class Session:
             results,
             self._waivers,
             backend=self.backend,
-            device=report.device_name(self.manifest),
+            device=report.device_name(self.manifest, self.device),
             known_ids=self._all_ids,
             today=datetime.date.today(),
         )
@@ -162,3 +170,11 @@ def _device(text: str) -> torch.device:
         return torch.device(text)
     except RuntimeError as error:
         raise ConfigError(f"--device {text!r}: {str(error).splitlines()[0]}") from None
+
+
+def _require_present(device: torch.device) -> None:
+    """Raise ConfigError if nothing can be put on `device`, rather than let every check say so."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # what PyTorch raises depends on the type
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None

@@ -9,32 +9,33 @@ import pytest
 from ospnext.errors import OSPNextError
 
 from .check import Result
-from .runner import Step, run_step
+from .plugin import REFUSAL
+from .runner import Step
 from .session import Session, named_backend, parse_levels, parse_shard
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "step" in metafunc.fixturenames:
-        steps = _session(metafunc.config).steps
+        try:
+            steps = _session(metafunc.config).steps
+        except OSPNextError as error:
+            steps, metafunc.config.stash[REFUSAL] = [], str(error)
         metafunc.parametrize("step", steps, ids=[step.label for step in steps])
 
 
 def _session(config: pytest.Config) -> Session:
-    """One for the whole pytest run; what cannot be run stops it with a usage error."""
+    """One for the whole pytest run."""
     if _KEY not in config.stash:
         option = config.getoption
-        try:
-            config.stash[_KEY] = Session(
-                named_backend(option("--backend")),
-                device=option("--device"),
-                levels=parse_levels(option("--level")),
-                patterns=option("--case"),
-                shard=parse_shard(option("--shard")),
-                waivers=option("--waivers"),
-                out=option("--out"),
-            )
-        except OSPNextError as error:
-            raise pytest.UsageError(str(error)) from None
+        config.stash[_KEY] = Session(
+            named_backend(option("--backend")),
+            device=option("--device"),
+            levels=parse_levels(option("--level")),
+            patterns=option("--case"),
+            shard=parse_shard(option("--shard")),
+            waivers=option("--waivers"),
+            out=option("--out"),
+        )
     return config.stash[_KEY]
 
 
@@ -49,7 +50,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 
 
 def test_check(step: Step, session: Session) -> None:
-    result: Result = session.record(step, run_step(step, session.backend, session.device))
+    result: Result = session.run_step(step)
     if result.status in ("fail", "error") and not session.is_waived(result):
         pytest.fail(f"{step.label}: {result.message}", pytrace=False)
     if result.status == "unsupported":

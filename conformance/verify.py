@@ -16,6 +16,8 @@ from .release import must_pass, must_pass_hash, suite_hash
 
 SCHEMA = 1
 SHOWN = 5
+#: Levels with a must-pass list; extension checks are a vendor's own.
+LISTED = ("required", "optional")
 STATUSES = ("pass", "fail", "unsupported", "waived", "error")
 KEYS = {"schema", "suite", "backend", "run", "source", "environment", "summary", "problems", "waivers", "decisions"}
 KEYS |= {"cases", "digest"}
@@ -48,10 +50,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 def problems(
     reports: Sequence[dict[str, Any]], today: datetime.date, levels: Sequence[str] = ("required",)
 ) -> list[str]:
-    """Everything that keeps these reports from proving `levels`; empty if they do."""
+    """Everything that keeps these reports from proving `levels`; empty if they do.
+
+    Raises:
+        ConfigError: a level has no list of checks that must be there; without this, none would be asked for.
+    """
+    if not levels or set(levels) - {*LISTED}:
+        raise ConfigError(f"level {', '.join(levels)!r}: a report can prove {' and '.join(LISTED)}")
     try:
         return [*_about_reports(reports), *_about_cases(reports, levels), *_about_waivers(reports, today)]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         return [f"malformed report: {type(error).__name__}: {error}"]
 
 
@@ -86,7 +94,7 @@ def _about_cases(reports: Sequence[dict[str, Any]], levels: Sequence[str]) -> It
         missing = [identifier for identifier in must_pass(level) if identifier not in by_id]
         if missing:
             yield f"{len(missing)} {level} checks were not run: {_some(missing)}"
-    listed = {identifier for level in ("required", "optional") for identifier in must_pass(level)}
+    listed = {identifier for level in LISTED for identifier in must_pass(level)}
     unknown = [i for i, cases in by_id.items() if i not in listed and cases[0]["level"] != "extension"]
     if unknown:
         yield f"{len(unknown)} checks are unknown to this suite: {_some(unknown)}"

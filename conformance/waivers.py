@@ -56,11 +56,14 @@ def read_waivers(path: Path) -> list[Waiver]:
     """Raises ConfigError, naming the entry and what is wrong, for anything but complete and plausible waivers."""
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if entries.keys() - {"waiver"}:
         raise ConfigError(f"{path}: only [[waiver]] tables are known, found {sorted(entries.keys() - {'waiver'})}")
-    return [_waiver(f"{path}, waiver {n}", entry) for n, entry in enumerate(entries.get("waiver", []), start=1)]
+    found = entries.get("waiver", [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ConfigError(f"{path}: only [[waiver]] tables are known, with two brackets")
+    return [_waiver(f"{path}, waiver {n}", entry) for n, entry in enumerate(found, start=1)]
 
 
 def _waiver(where: str, entry: dict[str, Any]) -> Waiver:
@@ -79,6 +82,9 @@ def _waiver(where: str, entry: dict[str, Any]) -> Waiver:
     for name in ("backend", "reason", "owner"):
         if not isinstance(entry[name], str) or not entry[name].strip():
             raise ConfigError(f"{where}: {name} must say something, got {entry[name]!r}")
+    for name in ("implementation", "device"):
+        if not isinstance(entry.get(name, ""), str):
+            raise ConfigError(f"{where}: {name} must be text, got {entry[name]!r}")
     days = (entry["expires"] - entry["granted"]).days
     if not 0 <= days <= MAX_DAYS:
         raise ConfigError(f"{where}: expires {days} days after it was granted; 0 to {MAX_DAYS} are allowed")

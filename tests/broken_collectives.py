@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ospnext.backends.reference import MANIFEST
-from ospnext.backends.reference.collective import TorchCollectives
+from ospnext.backends.reference.collective import HostCollectives
 from ospnext.ops.registry import Manifest
 
 
@@ -21,7 +21,7 @@ def broken(name: str) -> Manifest:
     return dataclasses.replace(MANIFEST, backend=name, implementations=(kernel,))
 
 
-class ZerosAfterTwoRanks(TorchCollectives):
+class ZerosAfterTwoRanks(HostCollectives):
     """What ranks 2, 3, ... sent arrives as zeros."""
 
     def all_gather(self, x, group):
@@ -35,7 +35,7 @@ class ZerosAfterTwoRanks(TorchCollectives):
         return out
 
 
-class SwappedPeers(TorchCollectives):
+class SwappedPeers(HostCollectives):
     """What two ranks sent arrives in the wrong order, which the sizes of even parts do not show."""
 
     def all_to_all(self, x, send_splits, receive_splits, group):
@@ -43,7 +43,7 @@ class SwappedPeers(TorchCollectives):
         return torch.cat((parts[1], parts[0], *parts[2:]))
 
 
-class StaleBuffer(TorchCollectives):
+class StaleBuffer(HostCollectives):
     """A gather returns what the last one of the same shape received."""
 
     def __init__(self):
@@ -56,7 +56,7 @@ class StaleBuffer(TorchCollectives):
         return stale
 
 
-class InPlace(TorchCollectives):
+class InPlace(HostCollectives):
     """Reduces into its input, and broadcasts without a copy."""
 
     def all_reduce(self, x, reduction, group):
@@ -69,7 +69,7 @@ class InPlace(TorchCollectives):
         return x if dist.get_rank(group) == source else out
 
 
-class Hang(TorchCollectives):
+class Hang(HostCollectives):
     """Rank 1 never enters the uneven exchange of bytes."""
 
     def all_to_all(self, x, send_splits, receive_splits, group):
@@ -78,7 +78,7 @@ class Hang(TorchCollectives):
         return super().all_to_all(x, send_splits, receive_splits, group)
 
 
-class Death(TorchCollectives):
+class Death(HostCollectives):
     """Rank 1 ends its process in the middle of a broadcast."""
 
     def broadcast(self, x, source, group):

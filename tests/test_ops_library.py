@@ -60,15 +60,6 @@ def test_the_op_without_a_gradient_refuses_to_lose_one():
         OPS.attention(*attention_arguments("dense", grad=True), False)
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[case.id for _, case in CASES])
-def test_opcheck_fused(name, case):
-    inputs = FUSED[name].inputs(case)
-    grad = inputs.pop("grad_out")
-    leaves = [_leaf(key, value) for key, value in inputs.items()]
-    torch.library.opcheck(getattr(OPS, name).default, tuple(leaves))
-    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (grad, *inputs.values()))
-
-
 def _leaf(key, value):
     constant = key in ("cos", "sin") or not isinstance(value, torch.Tensor) or not value.is_floating_point()
     return value if constant else value.clone().requires_grad_()
@@ -125,5 +116,6 @@ def test_a_function_without_kernels_is_its_definition():
 
 
 def test_every_contract_has_its_op():
-    for name in CONTRACTS:
-        assert hasattr(OPS, name.removeprefix("fused."))
+    for name, contract in CONTRACTS.items():
+        if contract.family != "collective":  # those act on process groups, in the layer above torch.library
+            assert hasattr(OPS, name.removeprefix("fused."))

@@ -82,7 +82,7 @@ WRONG = {
     "pair without value": ({"OSPNEXT_OPS": "attention="}, ["'attention='", "family=backend"]),
     "pair without sign": ({"OSPNEXT_OPS": "attention"}, ["'attention'", "family=backend"]),
     "operator twice": ({"OSPNEXT_OPS": "attention=acme,attention=plain"}, ["twice", "acme", "plain"]),
-    "family": ({"OSPNEXT_FALLBACK": "fussed"}, ["'fussed'", "did you mean fused?", "attention, fused"]),
+    "family": ({"OSPNEXT_FALLBACK": "fussed"}, ["'fussed'", "did you mean fused?", "attention, collective, fused"]),
     "contract as family": ({"OSPNEXT_FALLBACK": "fused.rope"}, ["'fused.rope'", "Known:"]),
 }
 

@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ospnext.conformance import matrix
-    from ospnext.conformance.session import parse_levels
+    from ospnext.conformance.session import named_backend, parse_levels
     from ospnext.ops import use_backend
     from ospnext.ops.registry import registry
 
     manifest = None
     if args.backend:
         with use_backend(args.backend):
-            manifest = registry().manifests[args.backend]
+            manifest = registry().manifests[named_backend(args.backend)]
     for check in matrix.select_checks(matrix.all_checks(manifest), parse_levels(args.level), args.case):
         print(check.id)
     return 0

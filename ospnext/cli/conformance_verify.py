@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     reports = verify.read(args.report)
     levels = [word.strip() for word in args.level.split(",") if word.strip()]
     found = verify.problems(reports, datetime.date.today(), levels)
-    backend = reports[0]["backend"]
     for problem in found:
         print(f"refused: {problem}", file=sys.stderr)
-    count = sum(len(report["cases"]) for report in reports)
     if not found:
+        backend = reports[0]["backend"]
+        count = sum(len(report["cases"]) for report in reports)
         print(f"accepted: {backend['name']} on {backend['device_name']}, {count} results, level {', '.join(levels)}")
     return 1 if found else 0

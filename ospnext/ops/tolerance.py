@@ -17,9 +17,10 @@ UNIT_ROUNDOFF: dict[torch.dtype, float] = {
 }
 
 #: How many times the yardstick's error a correct kernel may have. Gradients subtract sums that nearly cancel, in an
-#: order each kernel chooses for itself: PyTorch's own CPU flash attention needs 2.2 (fp32, dk), so they are given 3.
+#: order each kernel chooses for itself. What kernels that nobody here wrote need is measured by
+#: benchmarks/calibrate_bounds.py (results beside it); docs/conformance.md says how these two follow from it.
 RESULT_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
+GRADIENT_FACTOR = 4.0
 
 
 @dataclass(frozen=True)

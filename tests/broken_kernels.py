@@ -1,0 +1,344 @@
+"""Backends that are broken on purpose, each in one way, and the checks that must find each: so the suite itself
+is tested by them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from dataclasses import dataclass
+
+import broken_attention as attention
+import broken_fused as fused
+import broken_unseen as unseen
+import torch
+
+from ospnext.backends.reference import MANIFEST
+from ospnext.ops.contract import need
+from ospnext.ops.registry import Implementation, Manifest, Refusal
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A broken backend, checks that must find it and checks that must not."""
+
+    manifest: Manifest
+    kills: tuple[str, ...]
+    spares: tuple[str, ...]
+    #: Part of the message of every killing check: it fails for the fault's own reason.
+    says: str = ""
+    #: "error": the kernel raises.
+    status: str = "fail"
+    #: What is wrong, in a line.
+    fault: str = ""
+
+    @property
+    def contract(self) -> str:
+        """The contract that the broken implementation is of."""
+        return self.manifest.implementations[0].contract
+
+    @property
+    def complaint(self) -> str:
+        """The report of a user whom this fault hurt."""
+        return next(iter(re.findall(r"https://\S+", self.fault)), "")
+
+
+(SDPA, MATH) = MANIFEST.offers("attention")
+_FUSED_FEATURES = frozenset({"affine", "modulated", "gated", "permuted", "backward"})
+
+BEYOND = " times its bound"
+OVERWRITTEN = "was written to"
+SHARED = "shares memory"
+
+
+def _backend(name: str, *kernels: Implementation) -> Manifest:
+    return dataclasses.replace(MANIFEST, backend=name, implementations=kernels)
+
+
+def _name(kernel: type) -> str:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z\d])|(?<=\d)(?=[A-Z])", "_", kernel.__name__).lower()
+    return re.sub(r"\b(\w*)(bf|fp)_(16|32)", r"\1\2\3", words)
+
+
+def _ids(prefix: str, words: str) -> tuple[str, ...]:
+    """Ids separated by blanks, in full or without `prefix`."""
+    return tuple(word if "/" in word else prefix + word for word in words.split())
+
+
+def _is_mutant(kernel: object) -> bool:
+    """Whether it is a class that broken_unseen.py itself defines."""
+    return isinstance(kernel, type) and kernel.__module__ == unseen.__name__
+
+
+def _fault(kernel: object) -> str:
+    return " ".join((type(kernel).__doc__ or "").split())
+
+
+# ---- attention
+
+#: Spared by whatever is wrong with every call of a kernel: no kernel is judged here.
+NO_KERNEL = "selection/required/predicates-are-pure"
+#: Spared by whatever is wrong with a fused kernel.
+NO_FUSED = "attention/required/b1-q1-k3-h2-d64-fp32-plain"
+
+#: Sample, query and key sizes of the cases below, short.
+VIDEO = "b2-q128-k75600-h1-d128-bf16-plain"
+TINY, ODD, UNEVEN = "q1-k3-h2-d64", "q113-k113-h2-d64", "q239-k203-h2-d64"
+
+
+def _of_attention(
+    kernel: type[attention.MathAttention], kills: str, spares: str, says: str = BEYOND, status: str = "fail"
+) -> tuple[str, Mutant]:
+    """`kills` and `spares` are ids without "attention/required/", separated by blanks."""
+    name = _name(kernel)
+    globals()[name] = kernel()  # where the manifest's target finds it
+    manifest = _backend(name, dataclasses.replace(MATH, id=f"{name}.math", target=f"{__name__}:{name}"))
+    ids = (_ids("attention/required/", part) for part in (kills, spares))
+    return name, Mutant(manifest, *ids, says, status, _fault(globals()[name]))
+
+
+_A = attention
+ATTENTION = (
+    # One check at the length of a video, so that its oracle is computed once.
+    _of_attention(_A.LostLast16KeysAt75600, VIDEO, "b1-q26-k1023-h2-d64-bf16-backward-needle"),
+    _of_attention(_A.OffsetsWrapAt32Bits, VIDEO, "b2-q128-k512-h2-d64-bf16-plain"),
+    _of_attention(_A.Bf16Accumulation, VIDEO, "b1-q1023-k1024-h2-d64-fp32-plain"),
+    _of_attention(_A.InvertedMask, f"b2-{TINY}-fp32-mask b2-{ODD}-bf16-mask", f"b1-{TINY}-fp32-plain"),
+    _of_attention(_A.DroppedMask, f"b2-{TINY}-fp32-mask b2-{ODD}-bf16-mask", f"b1-{TINY}-fp32-plain"),
+    _of_attention(
+        _A.MaskIgnoredPastKey512,
+        "b2-q704-k704-h2-d64-bf16-mask b2-q704-k704-h2-d64-fp32-mask",
+        "b2-q128-k512-h2-d64-bf16-mask",
+    ),
+    _of_attention(_A.MaskOfOneSample, f"b2-{TINY}-fp32-mask", f"b1-{TINY}-fp32-plain"),
+    _of_attention(
+        _A.MaskedNanLeaks,
+        f"b2-{ODD}-fp32-mask-lse-backward-nan b2-{ODD}-bf16-mask-lse-backward-nan",
+        f"b2-{ODD}-fp32-mask-lse-backward",
+    ),
+    _of_attention(_A.FullyMaskedRowsUniform, f"b2-{TINY}-fp32-mask b2-{ODD}-bf16-mask", f"b1-{TINY}-fp32-plain"),
+    _of_attention(
+        _A.FullyMaskedRowsNanBackward,
+        f"b2-{ODD}-fp32-mask-lse-backward b2-{TINY}-bf16-mask-lse-backward",
+        f"b2-{ODD}-fp32-mask b2-{ODD}-fp32-backward",
+    ),
+    _of_attention(
+        _A.NanAt64Mod128,
+        "b2-q704-k704-h2-d64-fp32-mask-lse-backward-shifted",
+        "b1-q704-k704-h2-d64-fp32-lse-backward-shifted b2-q704-k704-h2-d64-fp32-mask-lse-backward",
+    ),
+    _of_attention(
+        _A.UniformAverage, "packed-uneven-h2-d64-fp32-plain packed-empty-h2-d64-bf16-plain", f"b2-{ODD}-fp32-plain"
+    ),
+    _of_attention(
+        _A.LostLastKey,
+        f"b1-{TINY}-bf16-plain b2-{ODD}-fp32-plain b1-q26-k1023-h2-d64-bf16-backward-needle",
+        "packed-uneven-h2-d64-fp32-plain",
+    ),
+    _of_attention(
+        _A.PackedIgnoresBoundaries,
+        "packed-uneven-h2-d64-fp32-plain packed-empty-h2-d64-bf16-plain",
+        "invariant-one-packed-sequence-is-dense-fp32",
+    ),
+    _of_attention(
+        _A.EmptySequenceNan,
+        "packed-empty-h2-d64-fp32-plain packed-empty-h2-d64-bf16-plain",
+        "packed-uneven-h2-d64-fp32-plain",
+    ),
+    _of_attention(
+        _A.ContiguityAssumedOfV,
+        f"b2-{ODD}-fp32-backward-transposed b2-{ODD}-fp32-backward-fused_qkv b2-{ODD}-bf16-backward-last_stride "
+        f"b2-{ODD}-bf16-backward-broadcast packed-uneven-h2-d64-fp32-lse-backward-transposed",
+        f"b2-{ODD}-fp32-backward b2-{ODD}-fp32-backward-offset",
+    ),
+    _of_attention(
+        _A.ContiguityAssumedOfMask,
+        f"b2-{ODD}-fp32-mask-lse-backward-last_stride b2-{ODD}-bf16-mask-lse-backward-fused_qkv",
+        f"b2-{ODD}-fp32-mask-lse-backward",
+    ),
+    _of_attention(_A.AlignmentAssumed, f"b2-{ODD}-fp32-backward-offset", f"b2-{ODD}-fp32-backward-transposed"),
+    _of_attention(
+        _A.ContiguityAssumedOfGrad,
+        f"b2-{ODD}-fp32-backward-transposed b2-{ODD}-bf16-backward-expanded_grad",
+        f"b2-{ODD}-fp32-backward b2-{ODD}-fp32-backward-offset",
+    ),
+    _of_attention(_A.InPlaceInput, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", NO_KERNEL, OVERWRITTEN),
+    _of_attention(_A.OutputAliasesInput, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", NO_KERNEL, OVERWRITTEN),
+    _of_attention(_A.GradientsShareMemory, f"b1-{TINY}-fp32-backward", f"b1-{TINY}-fp32-plain", SHARED),
+    _of_attention(_A.OutOfBoundsRead, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", "packed-uneven-h2-d64-fp32-plain"),
+    _of_attention(
+        _A.OutOfBoundsWrite,
+        f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain packed-uneven-h2-d64-fp32-plain",
+        NO_KERNEL,
+        OVERWRITTEN,
+    ),
+    _of_attention(
+        _A.WrongStrides, f"b2-{ODD}-fp32-plain packed-uneven-h2-d64-fp32-plain", f"b1-{TINY}-fp32-plain", "strides"
+    ),
+    _of_attention(_A.UnwrittenTail, f"b2-{ODD}-fp32-plain b1-{UNEVEN}-bf16-plain", "b2-q128-k512-h2-d64-fp32-plain"),
+    _of_attention(_A.IgnoredScale, f"b1-{TINY}-fp32-scale b2-{ODD}-bf16-scale", f"b1-{TINY}-fp32-plain"),
+    _of_attention(_A.ScaleMissingInDk, f"b1-{TINY}-fp32-backward b2-{ODD}-bf16-backward", f"b1-{TINY}-fp32-plain"),
+    _of_attention(
+        _A.Base2Logsumexp,
+        f"b1-{TINY}-fp32-lse b2-{ODD}-bf16-lse invariant-halves-merge-by-logsumexp-fp32",
+        f"b2-{ODD}-fp32-backward",
+    ),
+    _of_attention(_A.Bf16Logsumexp, f"b2-{ODD}-fp32-lse b2-{ODD}-bf16-lse", f"b2-{ODD}-fp32-plain"),
+    _of_attention(_A.ResultInFp32, f"b1-{TINY}-bf16-plain", f"b1-{TINY}-fp32-plain", "the contract asks for"),
+    _of_attention(
+        _A.NoMaxSubtraction,
+        "b1-q203-k239-h2-d64-fp32-lse-backward-large b1-q704-k704-h2-d64-bf16-lse-backward-shifted",
+        f"b2-{ODD}-fp32-backward",
+    ),
+    _of_attention(_A.RoundedLogits, "b1-q203-k239-h2-d64-bf16-lse-backward-large", f"b2-{ODD}-fp32-plain"),
+    _of_attention(
+        _A.Nondeterministic,
+        f"b2-{ODD}-fp32-backward-deterministic-repeated b2-{ODD}-bf16-backward-deterministic-repeated",
+        f"b2-{ODD}-fp32-backward-deterministic",
+        "differs from that of call 0",
+    ),
+    _of_attention(
+        _A.StaleAfterOtherCall,
+        f"b2-{ODD}-fp32-backward-interleaved b2-{ODD}-bf16-mask-lse-backward-interleaved "
+        "packed-uneven-h2-d64-fp32-lse-backward-interleaved",
+        f"b2-{ODD}-fp32-backward",
+    ),
+    _of_attention(
+        _A.RaisesAlways, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", NO_KERNEL, "FloatingPointError", "error"
+    ),
+)
+
+
+# ---- fused
+
+
+def _of_fused(kernel: fused.Honest, kills: str, spares: str, says: str = BEYOND) -> tuple[str, Mutant]:
+    """`kills` and `spares` are ids without "fused.<operator>/optional/", separated by blanks."""
+    name = f"{kernel.operator}_{_name(type(kernel))}" if _name(type(kernel)) in _SEVERAL else _name(type(kernel))
+    globals()[name] = kernel
+    contract = f"fused.{kernel.operator}"
+    broken = Implementation(f"{name}.kernel", contract, f"{__name__}:{name}", handles=_FUSED_FEATURES)
+    ids = (_ids(f"{contract}/optional/", part) for part in (kills, spares))
+    honest = (dataclasses.replace(kernel, id=f"{name}.{kernel.id.partition('.')[2]}") for kernel in (SDPA, MATH))
+    return name, Mutant(_backend(name, broken, *honest), *ids, says, fault=_fault(kernel))
+
+
+#: Faults that several operators have, or attention and an operator.
+_SEVERAL = ("loses_tokens_past_65535", "wrong_strides", "result_in_fp32")
+_F = fused
+_LONG = {
+    "rms_norm": "",
+    "layer_norm_modulate": "-affine-modulated",
+    "rope": "",
+    "gate_residual": "-gated-permuted",
+    "gelu_tanh": "",
+}
+FUSED = (
+    _of_fused(_F.WrongRopePairing(), "fp32-plain bf16-plain bf16-backward", NO_FUSED),
+    _of_fused(_F.RopeBackwardTurnsForward(), "fp32-backward bf16-backward", "fp32-plain"),
+    _of_fused(_F.RmsEpsOutsideRoot(), "small-fp32-backward", "bf16-plain"),
+    _of_fused(_F.RmsWeightDropped(), "fp32-plain bf16-plain", NO_FUSED),
+    _of_fused(_F.ResultInFp32("rms_norm"), "bf16-plain", "fp32-plain", "the contract asks for"),
+    _of_fused(_F.WrongStrides("rms_norm"), "fp32-plain bf16-plain", NO_FUSED, "strides"),
+    _of_fused(_F.WeightGradientOfOneSample(), "fp32-backward bf16-backward", "fp32-plain"),
+    _of_fused(_F.LayerNormUnbiasedVariance(), "fp32-plain fp32-affine-modulated", NO_FUSED),
+    _of_fused(_F.LayerNormScaleWithoutOne(), "fp32-modulated bf16-affine-modulated", "fp32-affine"),
+    _of_fused(_F.ScaleAndShiftSwapped(), "fp32-modulated bf16-affine-modulated", "fp32-affine"),
+    _of_fused(_F.GateDropped(), "fp32-gated bf16-gated-permuted", "fp32-plain"),
+    _of_fused(_F.PermutationInverted(), "fp32-permuted bf16-gated-permuted", "fp32-gated"),
+    _of_fused(_F.BackwardForgetsPermutation(), "fp32-permuted-backward bf16-gated-permuted-backward", "fp32-permuted"),
+    _of_fused(_F.ResidualInPlace(), "fp32-plain bf16-gated-permuted", NO_FUSED, OVERWRITTEN),
+    _of_fused(_F.GradientIsGradOut(), "fp32-backward fp32-gated-backward", "fp32-permuted-backward", SHARED),
+    _of_fused(_F.GeluErf(), "fp32-plain", NO_FUSED),
+    _of_fused(_F.GeluInPlace(), "fp32-plain bf16-plain", NO_FUSED, OVERWRITTEN),
+    *(_of_fused(_F.LosesTokensPast65535(name), f"n75600-bf16{_LONG[name] or '-plain'}", NO_FUSED) for name in _LONG),
+)
+
+
+# ---- selection
+
+
+def code_without_example(request, device):
+    yield need(True, "dtype", got=request.dtype, want="any")
+
+
+def camel_case_code(request, device):
+    yield need(request.dtype != torch.float8_e4m3fn, "dType", got=request.dtype, want="a dtype of more than 8 bits")
+
+
+def impure_predicate(request, device):
+    yield need(True, "memory", got=next(_counter), want="any number of bytes")
+
+
+_counter = itertools.count()
+
+
+def refuses_nothing(request, device):
+    yield need(True, "dtype", got=request.dtype, want="any")
+
+
+def _of_selection(name: str, fault: str, kills: str, spares: str, says: str, **fields) -> tuple[str, Mutant]:
+    ids = (_ids("selection/required/", part) for part in (kills, spares))
+    kernel = dataclasses.replace(MATH, id=f"{name}.math", **fields)
+    return name, Mutant(_backend(name, kernel), *ids, says, fault=fault)
+
+
+_NO_FP8 = {"dtype": torch.float8_e4m3fn}
+_PURE = "predicates-are-pure"
+SELECTION = (
+    _of_selection(
+        "refuses_nothing",
+        "The predicate takes what the manifest says it refuses.",
+        "refusals-give-their-code",
+        f"codes-have-a-refusal {_PURE}",
+        "must be refused with 'dtype'",
+        supports=f"{__name__}:refuses_nothing",
+        refusals=(Refusal("dtype", _NO_FP8),),
+    ),
+    _of_selection(
+        "code_without_example",
+        "The predicate knows a code without an example.",
+        "codes-have-a-refusal",
+        f"refusals-give-their-code {_PURE}",
+        "has no example of it",
+        supports=f"{__name__}:code_without_example",
+    ),
+    _of_selection(
+        "camel_case_code",
+        "A reason code that is not lower_snake.",
+        "codes-have-a-refusal",
+        f"refusals-give-their-code {_PURE}",
+        "is not lower_snake",
+        supports=f"{__name__}:camel_case_code",
+        refusals=(Refusal("dType", _NO_FP8),),
+    ),
+    _of_selection(
+        "impure_predicate",
+        "The predicate depends on something beside the request and the device.",
+        _PURE,
+        "unknown-fields-are-refused",
+        "in several ways",
+        supports=f"{__name__}:impure_predicate",
+    ),
+    _of_selection(
+        "handles_what_does_not_exist",
+        "The manifest lists a feature that no request has.",
+        "unhandled-features-are-refused",
+        f"unknown-fields-are-refused {_PURE}",
+        "handles 'causal'",
+        handles=MATH.handles | {"causal"},
+    ),
+)
+
+MUTANTS: dict[str, Mutant] = dict((*ATTENTION, *FUSED, *SELECTION))
+assert len(MUTANTS) == len((*ATTENTION, *FUSED, *SELECTION))
+
+#: Found by no check so far: see broken_unseen.py. `rounds_between_steps` breaks a sentence of rms_norm ("the weight is
+#: applied before the one rounding") that bounds derived from a naive formula in the same dtype cannot see.
+UNSEEN: dict[str, Mutant] = dict(
+    [
+        *(_of_attention(kernel, "", "") for kernel in vars(unseen).values() if _is_mutant(kernel)),
+        _of_fused(_F.RoundsBetweenSteps(), "", ""),
+    ]
+)
