@@ -49,7 +49,6 @@ _FUSED_FEATURES = frozenset({"affine", "modulated", "gated", "permuted", "backwa
 
 BEYOND = " times its bound"
 OVERWRITTEN = "was written to"
-SHARED = "shares memory"
 
 
 def _backend(name: str, *kernels: Implementation) -> Manifest:
@@ -142,6 +141,11 @@ ATTENTION = (
         "invariant-one-packed-sequence-is-dense-fp32",
     ),
     _of_attention(
+        _A.PackedSequencesPast4Lost,
+        "model/required/dual_end-k3-fp32-blocks",
+        "packed-uneven-h2-d64-fp32-plain",
+    ),
+    _of_attention(
         _A.EmptySequenceNan,
         "packed-empty-h2-d64-fp32-plain packed-empty-h2-d64-bf16-plain",
         "packed-uneven-h2-d64-fp32-plain",
@@ -165,7 +169,6 @@ ATTENTION = (
     ),
     _of_attention(_A.InPlaceInput, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", NO_KERNEL, OVERWRITTEN),
     _of_attention(_A.OutputAliasesInput, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", NO_KERNEL, OVERWRITTEN),
-    _of_attention(_A.GradientsShareMemory, f"b1-{TINY}-fp32-backward", f"b1-{TINY}-fp32-plain", SHARED),
     _of_attention(_A.OutOfBoundsRead, f"b1-{TINY}-fp32-plain b2-{ODD}-bf16-plain", "packed-uneven-h2-d64-fp32-plain"),
     _of_attention(
         _A.OutOfBoundsWrite,
@@ -249,7 +252,6 @@ FUSED = (
     _of_fused(_F.PermutationInverted(), "fp32-permuted bf16-gated-permuted", "fp32-gated"),
     _of_fused(_F.BackwardForgetsPermutation(), "fp32-permuted-backward bf16-gated-permuted-backward", "fp32-permuted"),
     _of_fused(_F.ResidualInPlace(), "fp32-plain bf16-gated-permuted", NO_FUSED, OVERWRITTEN),
-    _of_fused(_F.GradientIsGradOut(), "fp32-backward fp32-gated-backward", "fp32-permuted-backward", SHARED),
     _of_fused(_F.GeluErf(), "fp32-plain", NO_FUSED),
     _of_fused(_F.GeluInPlace(), "fp32-plain bf16-plain", NO_FUSED, OVERWRITTEN),
     *(_of_fused(_F.LosesTokensPast65535(name), f"n75600-bf16{_LONG[name] or '-plain'}", NO_FUSED) for name in _LONG),
@@ -340,5 +342,6 @@ UNSEEN: dict[str, Mutant] = dict(
     [
         *(_of_attention(kernel, "", "") for kernel in vars(unseen).values() if _is_mutant(kernel)),
         _of_fused(_F.RoundsBetweenSteps(), "", ""),
+        _of_fused(_F.GradientIsGradOut(), "", ""),
     ]
 )
