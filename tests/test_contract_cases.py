@@ -121,9 +121,6 @@ def _nan(case, inputs):
     assert inputs["v"].isinf().all((-1, -2)).equal(masked) and inputs["v"].isinf().any(-1).any(-1).equal(masked)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="needle_positions looks into every second tile only; its docstring says every one"
-)
 @pytest.mark.parametrize("kv_len", [1023, VIDEO])
 def test_needles_lie_in_every_tile_of_keys(kv_len):
     assert {position // 128 for position in needle_positions(kv_len)} == set(range(math.ceil(kv_len / 128)))

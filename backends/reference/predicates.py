@@ -11,7 +11,6 @@ from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.contracts.collective import CollectiveRequest
 from ospnext.ops.registry import DeviceInfo
 
-
 #: PyTorch's kernel adds 16-bit gradients up in 16 bits, block after block: beyond this many tokens the error is more
 #: than twice that of plain rounding and grows with the square root of the length.
 MAX_16_BIT_GRADIENT = 8192

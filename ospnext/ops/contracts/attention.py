@@ -98,7 +98,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
     if mask_BS is not None:
         inputs["key_mask"] = mask_BS
     if request.custom_scale:
-        inputs["scale"] = SCALE
+        inputs["scale"] = case.options.get("scale", SCALE)
     if grad_out is not None:
         inputs["grad_out"] = grad_out.to(request.dtype)
     if "rows" in case.options:
@@ -124,7 +124,7 @@ def needle_positions(kv_len: int) -> list[int]:
     128.
     """
     ends = {0, 1, kv_len - 64, *range(kv_len - 16, kv_len)}
-    edges = {edge - (edge // 128) % 2 for edge in range(128, kv_len, 128)}
+    edges = {t if (t // 128) % 2 == 0 or t + 128 > kv_len else t + 127 for t in range(128, kv_len, 128)}
     return sorted(ends | edges)
 
 
@@ -219,7 +219,11 @@ _SHAPES = (  # batch, q_len, kv_len: one token, odd lengths, 64 mod 128, unequal
     (2, 128, 512),
     (1, 1023, 1024),
 )
-_PACKS = {"uneven": ((93, 93, 88, 88), (93, 93, 88, 88)), "empty": ((5, 0, 64, 1), (7, 3, 0, 130))}
+_PACKS = {
+    "uneven": ((93, 93, 88, 88), (93, 93, 88, 88)),
+    "empty": ((5, 0, 64, 1), (7, 3, 0, 130)),
+    "many": ((530, 17, 64, 1, 300, 128, 257), (530, 17, 1, 64, 300, 129, 640)),
+}
 
 
 def cases() -> Iterator[Case]:
@@ -240,6 +244,11 @@ def _dense(tag: str) -> Iterator[Case]:
             crossed = q_len == 113 and feature in ("backward", "mask-lse-backward")
             yield _case((samples, q_len, kv_len, 2, 64), tag, feature, crossed=crossed)
     yield _case((1, 257, 257, 3, 128), tag, "lse-backward")
+    # More of one thing than a kernel may have counted on: heads and samples, masked keys, queries with a gradient.
+    yield _case((3, 37, 41, 40, 128), tag, "backward")
+    yield _case((2, 64, 2113, 2, 64), tag, "mask-lse-backward")
+    yield _case((1, 2113, 64, 1, 64), tag, "backward")
+    yield _case((1, 113, 113, 2, 64), tag, "zeroscale", {"scale": 0.0})
     yield _case((2, 113, 113, 2, 64), tag, "backward-deterministic", crossed=True)
 
 
@@ -267,7 +276,7 @@ def _long() -> Iterator[Case]:
     yield _case((1, 128, VIDEO, 1, 128), "bf16", "backward")
     yield _case((1, len(needle_positions(VIDEO)), VIDEO, 1, 128), "bf16", "plain", {"kind": "needle"})
     # Two samples of 40 fused heads hold more than 2^31 elements: offsets in 32 bits wrap in the second one.
-    yield _case((2, 128, VIDEO, 1, 128), "bf16", "plain", {"rows": 32}, layout="batched_qkv")
+    yield _case((2, 32, VIDEO, 1, 128), "bf16", "backward", layout="batched_qkv")
     yield _case((1, VIDEO, VIDEO, 1, 128), "bf16", "plain", {"rows": 128}, costly=True)
 
 
@@ -300,7 +309,7 @@ def _case(
         head_dim,
         packed="q_lens" in options,
         key_mask="mask" in words,
-        custom_scale="scale" in words,
+        custom_scale=any(word.endswith("scale") for word in words),
         logsumexp="lse" in words,
         backward="backward" in words,
         deterministic="deterministic" in words,

@@ -31,7 +31,8 @@ def _evaluate(inputs: Mapping[str, Any], dtype: torch.dtype, attend: Callable[..
     if inputs.get("rows") is not None:
         named["q"] = named["q"][:, inputs["rows"]]
     leaves = [t.to(dtype).requires_grad_("grad_out" in inputs) for t in named.values()]
-    scale = inputs.get("scale") or 1.0 / math.sqrt(leaves[0].shape[-1])
+    scale = inputs.get("scale")
+    scale = 1.0 / math.sqrt(leaves[0].shape[-1]) if scale is None else scale
     outs, lses = [], []
     for q_SHD, k_SHD, v_SHD, mask_S in _sequences(inputs, *leaves):
         out, lse = attend(q_SHD, k_SHD, v_SHD, mask_S, scale)

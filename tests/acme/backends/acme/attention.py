@@ -1,4 +1,4 @@
-"""Acme's attention: PyTorch's where it serves, and rows of the softmax in fp32 for everything else."""
+"""Acme's attention: PyTorch's where it serves, and rows of the softmax in fp32 for the rest."""
 
 import itertools
 
@@ -16,7 +16,7 @@ class Sdpa:
 
 
 class Rows:
-    """[H, rows, keys] at a time; the gradient is autograd's, of one block of rows after the other."""
+    """[H, rows, keys] at a time."""
 
     def forward(self, q, k, v, *, key_mask, cu_seqlens_q, cu_seqlens_kv, scale, need_lse, **rest):
         out = torch.zeros(q.shape, dtype=q.dtype)
@@ -28,26 +28,28 @@ class Rows:
         return out, lse if need_lse else lse.new_empty(0)
 
     def backward(self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, scale, **rest):
-        grads = [torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v)]
-        for at, keys, _ in sequences(q, k, key_mask, cu_seqlens_q, cu_seqlens_kv):
-            key, value = (t[keys].to(wide(q)).requires_grad_() for t in (k, v))
-            total = [torch.zeros_like(key), torch.zeros_like(value)]
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
+        for at, keys, lse_at in sequences(q, k, key_mask, cu_seqlens_q, cu_seqlens_kv):
+            key, value = k[keys].to(wide(q)), v[keys].to(wide(q))
+            dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
             for block in blocks(q[at]):
-                query = q[at][block].to(wide(q)).requires_grad_()
-                with torch.enable_grad():
-                    o, _ = softmax(query, key, value, scale)
-                dq, dk, dv = torch.autograd.grad(o, (query, key, value), grad_out[at][block].to(wide(q)))
-                grads[0][at][block] = dq.to(q.dtype)
-                total = [total[0] + dk, total[1] + dv]
-            grads[1][keys], grads[2][keys] = total[0].to(k.dtype), total[1].to(v.dtype)
-        return tuple(grads)
+                query, grad, o = (t[at][block].to(wide(q)) for t in (q, grad_out, out))
+                logits_HQK = torch.einsum("qhd,khd->hqk", query, key) * scale
+                p_HQK = (logits_HQK - lse[lse_at][:, block, None]).exp()
+                dp_HQK = torch.einsum("qhd,khd->hqk", grad, value) - (grad * o).sum(-1).T[..., None]
+                dlogits_HQK = p_HQK * dp_HQK * scale
+                dq[at][block] = torch.einsum("hqk,khd->qhd", dlogits_HQK, key).to(q.dtype)
+                dkey += torch.einsum("hqk,qhd->khd", dlogits_HQK, query)
+                dvalue += torch.einsum("hqk,qhd->khd", p_HQK, grad)
+            dk[keys], dv[keys] = dkey.to(k.dtype), dvalue.to(v.dtype)
+        return dq, dk, dv
 
 
 def softmax(q_QHD, k_KHD, v_KHD, scale):
     logits_HQK = torch.einsum("qhd,khd->hqk", q_QHD, k_KHD) * scale
     if logits_HQK.shape[-1] == 0:
         return q_QHD * 0, logits_HQK.new_full(logits_HQK.shape[:2], -torch.inf)
-    return torch.einsum("hqk,khd->qhd", logits_HQK.softmax(-1), v_KHD), logits_HQK.logsumexp(-1).detach()
+    return torch.einsum("hqk,khd->qhd", logits_HQK.softmax(-1), v_KHD), logits_HQK.logsumexp(-1)
 
 
 def sequences(q, k, key_mask, cu_q, cu_kv):
