@@ -187,16 +187,6 @@ class ResidualInPlace(Honest):
         return out
 
 
-class GradientIsGradOut(Honest):
-    """dx is the memory of dout, where it has the same values."""
-
-    operator = "gate_residual"
-
-    def backward(self, grad, x, y, gate, permutation):
-        dx, *rest = super().backward(grad, x, y, gate, permutation)
-        return (grad if permutation is None else dx), *rest
-
-
 # ---- gelu_tanh
 
 
