@@ -58,7 +58,7 @@ PROBES = {"test_probe.py": PROBE, "nested/__init__.py": "", "nested/test_inner.p
 
 
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
 
 
 @dataclass(frozen=True)
