@@ -230,9 +230,6 @@ SIZES = (
     _of_attention(
         _S.GradientsShareMemory, f"b1-{TINY}-fp32-backward", f"b1-{TINY}-fp32-plain", "shares memory with an input or"
     ),
-    _of_attention(
-        _S.BackwardNeedsItsOwnForward, f"b2-{ODD}-fp32-backward-opcheck", f"b2-{ODD}-fp32-backward", "opcheck of"
-    ),
 )
 
 
