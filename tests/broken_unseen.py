@@ -36,8 +36,8 @@ class FailureLeavesMark(MathAttention):
 
 
 class BackwardNeedsItsOwnForward(MathAttention):
-    """The backward looks its inputs up by the address of the output, which only its own forward can have written. Whether
-    opcheck sees it depends on which addresses are reused.
+    """The backward looks its inputs up by the address of the output, which only its own forward can have written.
+    Whether opcheck sees it depends on which addresses are reused.
     """
 
     def __init__(self) -> None:
