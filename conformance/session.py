@@ -61,7 +61,10 @@ class Session:
         self.manifest = registry().manifests[backend]
         everything = matrix.all_checks(self.manifest)
         self._all_ids = [check.id for check in everything]
-        chosen = matrix.shard(matrix.select_checks(everything, levels, patterns), *shard)
+        asked_for = matrix.select_checks(everything, levels, patterns)
+        if not asked_for:
+            raise ConfigError(f"{backend} has no check of level {' or '.join(levels)} that matches: nothing was judged")
+        chosen = matrix.shard(asked_for, *shard)
         self.steps: list[Step] = runner.plan(chosen, backend, self.device)
         self.asked: dict[str, Any] = {"levels": list(levels), "patterns": list(patterns), "shard": list(shard)}
         self.results: list[Result] = []
