@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ospnext.ops.tolerance import Verdict, factor_of, judge, judge_exact
+from ospnext.ops.tolerance import GRADIENT_FACTOR, Verdict, factor_of, judge, judge_exact
 
 Level = Literal["required", "optional", "extension"]
 
@@ -96,12 +96,14 @@ class Contract:
     library_calls: Callable[[Mapping[str, Any]], Iterator[tuple[Any, tuple[Any, ...]]]] | None = None
     #: Plain PyTorch definition, used by backends that declare no kernel. Only optional contracts have one.
     composite: Any = None
+    #: How many times the yardstick's error a gradient may have; see tolerance.py.
+    gradient_factor: float = GRADIENT_FACTOR
     version: int = 1
 
     def expect(self, inputs: Mapping[str, Any], *, exact: bool = False) -> Expectation:
         """What a call on `inputs` must return. Costs an evaluation in fp64, so keep it for several calls."""
         oracle = self.oracle(inputs)
-        return Expectation(self.name, oracle, None if exact else self.yardstick(inputs))
+        return Expectation(self.name, oracle, None if exact else self.yardstick(inputs), self.gradient_factor)
 
     def features(self, request: Any) -> dict[str, Any]:
         """Fields of `request` that ask for more than the default: an implementation must list each, or it is
@@ -130,6 +132,7 @@ class Expectation:
     contract: str
     oracle: Mapping[str, Tensor]
     yardstick: Mapping[str, Tensor] | None
+    gradient_factor: float = GRADIENT_FACTOR
 
     def judge(self, found: Mapping[str, Tensor], only: Sequence[str] | None = None) -> dict[str, Verdict]:
         """One verdict per named result.
@@ -145,7 +148,8 @@ class Expectation:
                 if self.yardstick is None:
                     verdicts[name] = judge_exact(found[name], self.oracle[name])
                 else:
-                    verdicts[name] = judge(found[name], self.oracle[name], self.yardstick[name], factor_of(name))
+                    factor = factor_of(name, self.gradient_factor)
+                    verdicts[name] = judge(found[name], self.oracle[name], self.yardstick[name], factor)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return verdicts
