@@ -1,0 +1,33 @@
+"""How a scale follows from the largest magnitude: the same arithmetic on every device. No format lives here."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+ScaleMode = Literal["amax", "pow2"]
+SCALE_MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
+
+#: Smaller magnitudes count as this one, so that no scale is subnormal.
+SMALLEST_AMAX = 1e-12
+
+
+def scale_of(amax: Tensor, scale_max: float, mode: ScaleMode = "amax") -> Tensor:
+    """fp32 scale s for which x / s has the largest magnitude `scale_max`; shape of `amax`, which is fp32.
+
+    "amax": amax / scale_max. "pow2": the power of two at or next above that, by which division is exact on every
+    device. Where amax is 0 the scale is 1; where it is infinite or NaN the scale is NaN, and so is all that it scales.
+    """
+    scale = amax.clamp_min(SMALLEST_AMAX) / scale_max
+    if mode == "pow2":
+        scale = _next_power_of_two(scale)
+    scale = scale.masked_fill(amax == 0, 1.0)
+    return scale.masked_fill(~torch.isfinite(amax), torch.nan)
+
+
+def _next_power_of_two(x: Tensor) -> Tensor:
+    """Of positive fp32 numbers, by their bits; at most 2^127."""
+    bits = x.view(torch.int32)
+    return (bits + 0x7FFFFF & 0x7F800000).clamp_max(0x7F000000).view(torch.float32)
