@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ospnext.numerics import hif8
+
 from .check import CheckFailure
 
 #: Elements of NaN before and after each tensor. A multiple of every alignment that a kernel may ask for.
@@ -94,7 +96,7 @@ def _geometry(tensor: Tensor, layout: str) -> tuple[tuple[int, ...], int, int]:
     """(strides, offset of the first element, elements of memory) of `tensor` in `layout`."""
     shape = tuple(tensor.shape)
     strides, offset = _contiguous(shape), 0
-    if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+    if not _is_data(tensor):
         layout = "contiguous"  # index tensors are contiguous by contract
     if layout in ("contiguous", "expanded_grad", "broadcast"):
         # A broadcast dimension keeps its stride of 0, whoever made it.
@@ -127,7 +129,7 @@ def _elements(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 def _broadcast_axis(tensor: Tensor, packed: bool) -> int | None:
     """Heads of an attention tensor, samples of a stream; small vectors have nothing to broadcast."""
-    if not tensor.is_floating_point() or tensor.ndim < 3:
+    if not _is_data(tensor) or tensor.dtype == torch.bool or tensor.ndim < 3:
         return None
     return -2 if tensor.ndim == 4 or packed else 0
 
@@ -141,8 +143,15 @@ def _without_broadcast(tensor: Tensor, strides: Sequence[int], offset: int) -> t
     return shape, [s or 1 for s in strides], GUARD + offset
 
 
+def _is_data(tensor: Tensor) -> bool:
+    """Values, masks and HiFloat8 codes, which may lie anyhow."""
+    return tensor.is_floating_point() or tensor.dtype in (torch.bool, torch.uint8)
+
+
 def _poison(dtype: torch.dtype) -> Any:
-    return torch.nan if dtype.is_floating_point else True if dtype == torch.bool else 7
+    if dtype.is_floating_point:
+        return torch.nan
+    return {torch.bool: True, torch.uint8: hif8.NAN}.get(dtype, 7)
 
 
 def _bits(tensor: Tensor) -> Tensor:

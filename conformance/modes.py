@@ -132,7 +132,7 @@ def _judged(contract: Contract, case: Case, target: Target, through: Through) ->
     with under_test(contract, target), _determinism(case):
         found = contract.call(placed.values, through)
     placed.require_untouched()
-    _require_fresh(found, placed, gradients_may_alias=contract.composite is not None)
+    _require_fresh(found, placed, gradients_may_alias=contract.hands_on_gradient)
     try:
         return expected.judge(found)
     except ValueError as error:
@@ -140,9 +140,7 @@ def _judged(contract: Contract, case: Case, target: Target, through: Through) ->
 
 
 def _require_fresh(found: Mapping[str, Tensor], placed: Placed, *, gradients_may_alias: bool) -> None:
-    """Results own their memory. Where a definition in plain PyTorch may run, a gradient may be grad_out itself: that is
-    what autograd hands on through a sum.
-    """
+    """Results own their memory, but for gradients of contracts that hand them on."""
     seen = placed.storages()
     for name, value in found.items():
         if name == "out" and not value.is_contiguous():

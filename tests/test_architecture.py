@@ -37,6 +37,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 BACKENDS_MAY_IMPORT = {"ospnext.ops", "ospnext.numerics", "ospnext.errors"}
 CONFORMANCE_MAY_IMPORT = {
     "ospnext.ops",
+    "ospnext.numerics",
     "ospnext.models",
     "ospnext.diffusion",
     "ospnext.sparse",

@@ -6,6 +6,8 @@ from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, Refusal
 
 _HERE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
+_SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
+_EXACT = "exact, from the definition of the format"
 
 MANIFEST = Manifest(
     backend="reference",
@@ -44,6 +46,14 @@ MANIFEST = Manifest(
             handles=frozenset({"uneven", "reduction"}),
             refusals=(Refusal("dtype", {"dtype": torch.float8_e4m3fn}),),
             note="torch.distributed on the group of the call; gloo on CPUs",
+        ),
+        Implementation(
+            "reference.hif8", "hif8_encode", f"{_HERE}.quantize:encode", handles=frozenset({"saturate"}), note=_EXACT
+        ),
+        Implementation("reference.hif8", "hif8_decode", f"{_HERE}.quantize:decode", note=_EXACT),
+        Implementation("reference.hif8", "hif8_quantize", f"{_HERE}.quantize:quantize", handles=_SCALED, note=_EXACT),
+        Implementation(
+            "reference.hif8", "hif8_fake_quantize", f"{_HERE}.quantize:fake_quantize", handles=_SCALED, note=_EXACT
         ),
     ),
 )

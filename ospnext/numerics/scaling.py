@@ -1,4 +1,4 @@
-"""How a scale follows from the largest magnitude: the same arithmetic on every device. No format lives here."""
+"""How scales follow from values: the same arithmetic on every device. No format lives here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,33 @@ from torch import Tensor
 ScaleMode = Literal["amax", "pow2"]
 SCALE_MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
 
+#: What shares a scale: the whole tensor, each row (the last dimension) or each channel (the last dimension but one).
+Granularity = Literal["tensor", "row", "channel"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
 #: Smaller magnitudes count as this one, so that no scale is subnormal.
 SMALLEST_AMAX = 1e-12
+
+
+def scale_shape(shape: torch.Size, granularity: Granularity) -> list[int]:
+    """Of the scale of a tensor of `shape`: dimensions that share one are 1."""
+    if granularity == "tensor":
+        return [1] * len(shape)
+    dim = len(shape) - (1 if granularity == "row" else 2)
+    return [1 if d == dim else n for d, n in enumerate(shape)]
+
+
+def amax_of(x: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude, fp32 in `scale_shape`; NaN where there is one, 0 where there is nothing."""
+    shape = scale_shape(x.shape, granularity)
+    if x.numel() == 0:
+        return torch.zeros(shape, device=x.device)
+    # One pass without a temporary, unlike x.abs().amax().
+    if granularity == "tensor":
+        low, high = torch.aminmax(x)
+    else:
+        low, high = torch.aminmax(x, dim=-1 if granularity == "row" else -2, keepdim=True)
+    return torch.maximum(-low, high).float().reshape(shape)
 
 
 def scale_of(amax: Tensor, scale_max: float, mode: ScaleMode = "amax") -> Tensor:

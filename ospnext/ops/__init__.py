@@ -4,9 +4,11 @@ from ospnext.ops import collective
 from ospnext.ops.attention import attention, attention_packed
 from ospnext.ops.fused import bind, gate_residual, gelu_tanh, layer_norm_modulate, rms_norm, rope
 from ospnext.ops.policy import Policy, current_policy, use_backend
+from ospnext.ops.quantize import Quantized, hif8_decode, hif8_encode, hif8_fake_quantize, hif8_quantize
 
 __all__ = [
     "Policy",
+    "Quantized",
     "attention",
     "attention_packed",
     "bind",
@@ -14,6 +16,10 @@ __all__ = [
     "current_policy",
     "gate_residual",
     "gelu_tanh",
+    "hif8_decode",
+    "hif8_encode",
+    "hif8_fake_quantize",
+    "hif8_quantize",
     "layer_norm_modulate",
     "rms_norm",
     "rope",

@@ -81,7 +81,13 @@ def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor, factor: float = RES
 
 
 def judge_exact(actual: Tensor, oracle: Tensor) -> Verdict:
-    """Compare `actual` with an oracle that its dtype can hold: no difference is allowed (0 and -0 are equal)."""
+    """Compare `actual` with an oracle that its dtype can hold: no difference is allowed (0 and -0 are equal).
+
+    Raises:
+        ValueError: shape is not the contract's, or the dtype where the contract asks for integers.
+    """
+    if actual.dtype != oracle.dtype and not oracle.is_floating_point():
+        raise ValueError(f"result is {actual.dtype}, the contract asks for {oracle.dtype}")
     y, r, _, finite = _finite_part(actual, oracle.to(actual.dtype))
     if r.numel() == 0:
         return Verdict(0.0, 0.0, 0.0, 0.0, finite)
@@ -96,7 +102,7 @@ def _finite_part(actual: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor, Tensor
         raise ValueError(f"result has shape {tuple(actual.shape)}, the contract asks for {tuple(oracle.shape)}")
     y, r = (t.detach().to("cpu", torch.float64) for t in (actual, oracle))
     usual = torch.isfinite(r)
-    finite = bool(torch.isfinite(y[usual]).all()) and torch.equal(y[~usual], r[~usual])
+    finite = bool(torch.isfinite(y[usual]).all()) and torch.allclose(y[~usual], r[~usual], 0.0, 0.0, equal_nan=True)
     return y[usual], r[usual], usual, finite
 
 

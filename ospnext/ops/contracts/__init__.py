@@ -1,10 +1,14 @@
 """Every contract of ospnext by name: one family per file."""
 
 from ospnext.ops.contract import Contract
-from ospnext.ops.contracts import attention, collective, fused, quantize
+from ospnext.ops.contracts import attention, collective, fused, hif8_cast, quantize
+
+_FAMILIES = (
+    (attention.CONTRACT,),
+    collective.CONTRACTS,
+    (*hif8_cast.CONTRACTS, *quantize.CONTRACTS),
+    fused.CONTRACTS,
+)
 
 #: In the order in which `explain`, reports and docs list them.
-CONTRACTS: dict[str, Contract] = {
-    contract.name: contract
-    for contract in (attention.CONTRACT, *collective.CONTRACTS, *quantize.CONTRACTS, *fused.CONTRACTS)
-}
+CONTRACTS: dict[str, Contract] = {contract.name: contract for family in _FAMILIES for contract in family}

@@ -233,6 +233,7 @@ def _contract(
         request=FusedRequest,
         meaning=meaning,
         composite=composite,
+        hands_on_gradient=True,
         gradient_factor=PARAMETER_GRADIENT_FACTOR,
         inputs=inputs,
         cases=cases,
