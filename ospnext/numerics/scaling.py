@@ -45,7 +45,8 @@ def scale_of(amax: Tensor, scale_max: float, mode: ScaleMode = "amax") -> Tensor
     "amax": amax / scale_max. "pow2": the power of two at or next above that, by which division is exact on every
     device. Where amax is 0 the scale is 1; where it is infinite or NaN the scale is NaN, and so is all that it scales.
     """
-    scale = amax.clamp_min(SMALLEST_AMAX) / scale_max
+    # By a tensor: CUDA multiplies by the reciprocal where the divisor is a plain number, which is off by an ulp.
+    scale = amax.clamp_min(SMALLEST_AMAX) / amax.new_full((), scale_max)
     if mode == "pow2":
         scale = _next_power_of_two(scale)
     scale = scale.masked_fill(amax == 0, 1.0)
