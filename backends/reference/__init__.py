@@ -55,5 +55,12 @@ MANIFEST = Manifest(
         Implementation(
             "reference.hif8", "hif8_fake_quantize", f"{_HERE}.quantize:fake_quantize", handles=_SCALED, note=_EXACT
         ),
+        Implementation(
+            "reference.hif8",
+            "quantized_linear",
+            f"{_HERE}.quantized_linear:linear",
+            handles=frozenset({"x_granularity", "weight_granularity", "bias", "accumulate", "backward"}),
+            note="values of the grid in fp32, so that every product is exact",
+        ),
     ),
 )

@@ -95,7 +95,7 @@ def hif8_quantize(
         UnsupportedRequestError: no implementation that the policy allows takes the call.
     """
     amax = _shared_amax(x, granularity, amax, amax_group)
-    return Quantized(*_quantize_op(x, amax, scale_max, scale_mode, granularity))
+    return Quantized(*quantize_op(x, amax, scale_max, scale_mode, granularity))
 
 
 def hif8_fake_quantize(
@@ -259,7 +259,7 @@ _encode_op = define(
 _decode_op = define(
     "hif8_decode", "Tensor codes, ScalarType dtype", "Tensor", kernel=_decode, fake=lambda c, d: _contiguous(c, d)
 )
-_quantize_op = define("hif8_quantize", _SETTINGS, "(Tensor, Tensor)", kernel=_quantize, fake=_quantize_fake)
+quantize_op = define("hif8_quantize", _SETTINGS, "(Tensor, Tensor)", kernel=_quantize, fake=_quantize_fake)
 _fake_quantize_op = define(
     "hif8_fake_quantize",
     f"{_SETTINGS}, float? grad_scale_max, str group",

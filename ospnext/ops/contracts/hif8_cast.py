@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -122,15 +121,6 @@ def _decode_inputs(case: Case) -> dict[str, Any]:
     return {"codes": _values(case), "dtype": case.request.dtype}
 
 
-def _decoded(codes: Tensor) -> Tensor:
-    """fp64, by looking for each code among those of all values."""
-    values = oracle.rounded(torch.exp2(torch.linspace(-26, 16.5, 20_000, dtype=torch.float64))).unique()
-    values = torch.cat((values, -values, torch.tensor([math.nan])))
-    table = torch.zeros(256, dtype=torch.float64)
-    table[oracle.codes_of(values).long()] = values
-    return table[codes.long()]
-
-
 def _call_encode(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
     from ospnext import ops
 
@@ -173,8 +163,8 @@ CONTRACTS: tuple[Contract, ...] = (
         DECODE,
         CastRequest,
         inputs=_decode_inputs,
-        oracle=lambda named: {"out": _decoded(named["codes"])},
-        yardstick=lambda named: {"out": _decoded(named["codes"]).to(named["dtype"])},
+        oracle=lambda named: {"out": oracle.decoded(named["codes"])},
+        yardstick=lambda named: {"out": oracle.decoded(named["codes"]).to(named["dtype"])},
         call=_call_decode,
         cases=_decode_cases,
         library_calls=lambda named: iter([(op("hif8_decode"), (named["codes"], named["dtype"]))]),

@@ -55,6 +55,15 @@ def codes_of(value: Tensor) -> Tensor:
     return torch.where(value.isnan(), 0x80, code).to(torch.uint8)
 
 
+def decoded(codes: Tensor) -> Tensor:
+    """The value of each code in fp64, by looking for it among the codes of all values."""
+    values = rounded(torch.exp2(torch.linspace(-26, 16.5, 20_000, dtype=torch.float64))).unique()
+    values = torch.cat((values, -values, torch.tensor([math.nan])))
+    table = torch.zeros(256, dtype=torch.float64)
+    table[codes_of(values).long()] = values
+    return table[codes.long()]
+
+
 def amax_of(x: Tensor, granularity: str) -> Tensor:
     """Largest magnitude in fp32, with every dimension that it was taken over kept as 1. Nothing at all has 0."""
     if granularity == "tensor":

@@ -1,0 +1,270 @@
+"""The linear layer on HiFloat8 operands: everything that is true about it, stated once; the format's arithmetic is in
+quantize_oracle.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ospnext.ops.contract import Case, Through, as_is
+from ospnext.ops.contracts import quantize_oracle as oracle
+from ospnext.ops.contracts.hif8_cast import DTYPES, generator_of, op, quantize_contract
+from ospnext.ops.recipe import Accumulate, HiF8Recipe, LinearGranularity
+
+MEANING = """\
+y = (decode(x) decode(w)^T) * s_x * s_w + bias, where (x, s_x) and (w, s_w) are codes and scales as hif8_quantize gives
+them. x [..., K], weight [N, K], bias [N], y [..., N] in the dtype of the unquantized x, contiguous. Any strides; no
+tokens, and no features to add up, are legal.
+
+Sum         of grid values, whose products are exact in fp32, in fp32 or, as far as the dtype of the result can tell,
+            better; in fp64 on request and for fp64.
+Order       sum, then scales in fp32, then the bias, then one rounding to the dtype of y.
+Scales      per tensor; or of x per row and of the weight per row (output feature). They act by IEEE arithmetic: 0 gives
+            0, and NaN where a sum is Inf; Inf gives Inf, and NaN where a sum is 0.
+Backward    g = hif8_quantize(dy, scale_max=grad_scale_max), once, serves all: dx = g w, dweight = g^T x, both with
+            their scales, and dbias = sum of g ("quant") or of dy ("raw"), in the dtypes of x, weight and bias.
+            Quantizers pass gradients straight through; scales are constants. A scale inside the sum of a gradient is
+            refused.
+Saved       codes and scales."""
+
+
+@dataclass(frozen=True)
+class QuantizedLinearRequest:
+    """What selection knows of a call; `shape` is (tokens M, output features N, input features K), `dtype` that of the
+    result.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    x_granularity: LinearGranularity = "tensor"
+    weight_granularity: LinearGranularity = "tensor"
+    bias: bool = False
+    accumulate: Accumulate = "fp32"
+    backward: bool = False
+
+
+# ---- inputs
+
+#: On the grid, at most 224, and few bits: sums of their products are exact in fp32.
+_GRADIENT_INTEGERS = (0, 1, 2, 3, 4, 6, 8, 16, 224)
+
+
+def _inputs(case: Case) -> dict[str, Any]:
+    """x, weight or its codes, bias, grad_out and the recipe."""
+    request, options = case.request, case.options
+    recipe: HiF8Recipe = options["recipe"]
+    generator = generator_of(case)
+    (_, features, inner), tokens = request.shape, options["tokens"]
+
+    def random(*shape: int) -> Tensor:
+        if case.exact:
+            return torch.randint(-15, 16, shape, generator=generator).double()
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def largest(x: Tensor, value: float) -> Tensor:
+        """An exact case has scales of 1."""
+        if case.exact and x.numel():
+            x.flatten()[0] = value
+        return x
+
+    def rounded(x: Tensor, scale_max: float, dtype: torch.dtype = request.dtype) -> Tensor:
+        return oracle.away_from_ties(x.to(dtype), scale_max, recipe.scale_mode, recipe.granularity)
+
+    x = largest(random(*tokens, inner), 15.0) * (1.0 if case.exact else 3.0)
+    named: dict[str, Any] = {"x": rounded(x, recipe.scale_max)}
+    weight_dtype = options.get("weight_dtype", request.dtype)
+    weight = largest(random(features, inner), -15.0) * (1.0 if case.exact else 0.02)
+    named["weight"] = rounded(weight, recipe.scale_max, weight_dtype)
+    if options.get("stored"):
+        values, scale = oracle.quantized(
+            named["weight"], recipe.scale_max, recipe.scale_mode, options.get("weight_granularity", recipe.granularity)
+        )
+        named["weight"] = oracle.codes_of(values)
+        named["weight_scale"] = scale if options["stored"] is True else torch.full_like(scale, options["stored"])
+    named["bias"] = random(features).to(weight_dtype) if request.bias else None
+    if request.backward:
+        if case.exact:
+            grid = torch.tensor(_GRADIENT_INTEGERS, dtype=torch.float64)
+            grad = grid[torch.randint(0, len(grid), (*tokens, features), generator=generator)]
+            grad = largest(grad * random(*tokens, features).sign(), 224.0).to(request.dtype)
+        else:
+            grad = rounded(random(*tokens, features) * 1e-4, recipe.grad_scale_max)
+        named["grad_out"] = grad
+    return named | {"recipe": recipe}
+
+
+# ---- the formula
+
+
+def _evaluate(named: Mapping[str, Any], product: Any, wide: torch.dtype) -> dict[str, Tensor]:
+    """All results; `product(a [M, K], b [N, K])` adds up in `wide`."""
+    recipe: HiF8Recipe = named["recipe"]
+    x, weight, bias = named["x"], named["weight"], named["bias"]
+    tokens = x.shape[:-1]
+    x_values, x_scale = oracle.quantized(x, recipe.scale_max, recipe.scale_mode, recipe.granularity)
+    if "weight_scale" in named:
+        w_values, w_scale = oracle.decoded(weight), named["weight_scale"]
+    else:
+        w_values, w_scale = oracle.quantized(weight, recipe.scale_max, recipe.scale_mode, recipe.granularity)
+    x_values, w_values = x_values.flatten(0, -2).to(wide), w_values.to(wide)
+    x_scale, w_scale = x_scale.reshape(-1, 1).to(wide), w_scale.to(wide)
+    y = product(x_values, w_values) * x_scale * w_scale.mT
+    found = {"out": (y if bias is None else y + bias.to(wide)).unflatten(0, tokens)}
+    if "grad_out" not in named:
+        return found
+    grad = named["grad_out"]
+    g_values, g_scale = oracle.quantized(grad, recipe.grad_scale_max, recipe.scale_mode)
+    g_values, g_scale = g_values.flatten(0, -2).to(wide), g_scale.reshape(1, 1).to(wide)
+    found["dx"] = (product(g_values, w_values.mT) * g_scale * w_scale).unflatten(0, tokens)
+    if "weight_scale" not in named:
+        found["dweight"] = product(g_values.mT, x_values.mT) * g_scale * x_scale
+    if bias is not None:
+        ones = torch.ones(1, len(g_values), dtype=wide)
+        raw = recipe.bias_grad == "raw"
+        summed = product(ones, grad.flatten(0, -2).to(wide).mT if raw else g_values.mT)[0]
+        found["dbias"] = summed if raw else summed * g_scale[0]
+    return found
+
+
+def _oracle(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    return _evaluate(named, lambda a, b: a @ b.mT, torch.float64)
+
+
+def _yardstick(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Sums in fp32 from the last element to the first, 16 at a time."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        total = a.new_zeros(len(a), len(b))
+        for left, right in zip(reversed(a.split(16, dim=1)), reversed(b.split(16, dim=1)), strict=True):
+            total = total + left @ right.mT
+        return total
+
+    dtype = named["x"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight_dtype = dtype if "weight_scale" in named else named["weight"].dtype
+    found = _evaluate(named, product, wide)
+    of_parameters = {"dweight": weight_dtype, "dbias": None if named["bias"] is None else named["bias"].dtype}
+    return {name: value.to(of_parameters.get(name) or dtype) for name, value in found.items()}
+
+
+def _call(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
+    from ospnext import ops
+
+    leaves = {k: named[k] for k in ("x", "weight", "bias") if named[k] is not None and named[k].is_floating_point()}
+    if "grad_out" in named:
+        leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
+    weight = leaves.get("weight")
+    if weight is None:
+        weight = ops.Quantized(named["weight"], named["weight_scale"])
+    out = through(ops.quantized_linear)(leaves["x"], weight, leaves.get("bias"), recipe=named["recipe"])
+    found = {"out": out.detach()}
+    if "grad_out" in named:
+        grads = torch.autograd.grad(out, list(leaves.values()), named["grad_out"])
+        found |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return found
+
+
+def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    recipe: HiF8Recipe = named["recipe"]
+    x, weight, bias = (named[key] for key in ("x", "weight", "bias"))
+    settings = (recipe.scale_mode, recipe.granularity)
+    quantize = op("hif8_quantize")
+    of_x, of_weight = (quantize(t, None, recipe.scale_max, *settings) for t in (x, weight))
+    leaves = [t.detach().requires_grad_("grad_out" in named) for t in (x, weight, bias)]
+    of_gradient = (recipe.grad_scale_max, recipe.scale_mode, recipe.bias_grad, "")
+    yield (
+        op("quantized_linear"),
+        (leaves[0], *of_x, leaves[1], *of_weight, leaves[2], recipe.accumulate, *of_gradient),
+    )
+    if "grad_out" not in named:
+        return
+    of_grad = quantize(named["grad_out"], None, recipe.grad_scale_max, *settings)
+    dtypes = (x.dtype, weight.dtype, bias.dtype)
+    yield op("quantized_linear_backward"), (*of_grad, *of_x, *of_weight, *dtypes, recipe.accumulate)
+
+
+# ---- cases
+
+#: Tokens and features of a plain case; no two alike, none a multiple of a tile.
+TOKENS, FEATURES, INNER = (2, 53), 71, 93
+PER_ROW = HiF8Recipe(granularity="row")
+
+
+def _case(
+    words: str,
+    tag: str,
+    *,
+    tokens: tuple[int, ...] = TOKENS,
+    features: int = FEATURES,
+    inner: int = INNER,
+    recipe: HiF8Recipe | None = None,
+    bias: bool = True,
+    backward: bool = False,
+    crossed: bool = False,
+    exact: bool = False,
+    **options: Any,
+) -> Case:
+    recipe = recipe or HiF8Recipe()
+    request = QuantizedLinearRequest(
+        "cpu",
+        DTYPES[tag],
+        (math.prod(tokens), features, inner),
+        x_granularity=recipe.granularity,
+        weight_granularity=options.get("weight_granularity", recipe.granularity),
+        bias=bias,
+        accumulate=recipe.accumulate,
+        backward=backward,
+    )
+    options |= {"recipe": recipe, "tokens": tokens}
+    name = f"quantized_linear/required/{tag}-{words}"
+    return Case(name, "required", request, options, crossed=crossed, exact=exact)
+
+
+def _cases() -> Iterator[Case]:
+    raw = HiF8Recipe(bias_grad="raw")
+    for tag in ("bf16", "fp32"):
+        yield _case("exact-backward", tag, backward=True, exact=True)
+        yield _case("plain", tag, bias=False)
+        yield _case("backward", tag, backward=True, crossed=True)
+        yield _case("nobias-backward", tag, bias=False, backward=True)
+        yield _case("rawbias-backward", tag, recipe=raw, backward=True)
+        yield _case("stored", tag, stored=True)
+        yield _case("stored-backward", tag, stored=True, backward=True)
+        yield _case("row", tag, recipe=PER_ROW, crossed=True)
+        yield _case("stored-row", tag, recipe=PER_ROW, stored=True)
+        yield _case("m1-backward", tag, tokens=(1,), backward=True)
+        yield _case("m0-backward", tag, tokens=(0,), backward=True)
+        yield _case("k1-n1-backward", tag, features=1, inner=1, backward=True)
+        yield _case("k0", tag, inner=0)
+    yield _case("pow2-backward", "bf16", recipe=HiF8Recipe(scale_mode="pow2"), backward=True)
+    yield _case("scalemax-backward", "bf16", recipe=HiF8Recipe(scale_max=224.0, grad_scale_max=15.0), backward=True)
+    yield _case("fp32weight-backward", "bf16", backward=True, weight_dtype=torch.float32)
+    yield _case("k13824", "fp32", tokens=(7,), features=33, inner=13_824)
+    yield _case("m32768-backward", "fp32", tokens=(32_768,), features=5, inner=9, backward=True)
+    yield _case("tiles-backward", "bf16", tokens=(512,), features=384, inner=256, backward=True)
+    wide = HiF8Recipe(accumulate="fp64")
+    yield _case("accumulate64-k13824", "fp32", tokens=(7,), features=33, inner=13_824, recipe=wide)
+    yield _case("backward", "fp64", backward=True)
+    yield _case("scale0", "fp32", stored=0.0)
+    yield _case("scaleinf", "fp32", stored=math.inf)
+    yield _case("scalenan", "fp32", stored=math.nan)
+
+
+CONTRACT = quantize_contract(
+    "quantized_linear",
+    MEANING,
+    QuantizedLinearRequest,
+    inputs=_inputs,
+    oracle=_oracle,
+    yardstick=_yardstick,
+    call=_call,
+    cases=_cases,
+    library_calls=_library_calls,
+)
