@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ospnext.ops.tolerance import GRADIENT_FACTOR, Verdict, factor_of, judge, judge_exact
+from ospnext.ops.tolerance import (
+    GRADIENT_FACTOR,
+    Interval,
+    Verdict,
+    factor_of,
+    judge,
+    judge_exact,
+    judge_interval,
+)
 
 Level = Literal["required", "optional", "extension"]
 
@@ -86,7 +94,7 @@ class Contract:
     #: Case -> named CPU inputs, rounded to the dtype under test.
     inputs: Callable[[Case], dict[str, Any]]
     #: Named inputs -> named fp64 results, on the CPU.
-    oracle: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    oracle: Callable[[Mapping[str, Any]], Mapping[str, Tensor | Interval]]
     #: The same in the dtype of the inputs, naive and in another operation order: what plain rounding costs.
     yardstick: Callable[[Mapping[str, Any]], dict[str, Tensor]]
     #: (named inputs, through) -> named results of the public function under test.
@@ -94,7 +102,7 @@ class Contract:
     cases: Callable[[], Iterator[Case]]
     #: Named inputs -> (torch.library op, its arguments) of every op behind the public function, for opcheck.
     library_calls: Callable[[Mapping[str, Any]], Iterator[tuple[Any, tuple[Any, ...]]]] | None = None
-    #: Plain PyTorch definition, used by backends that declare no kernel. Only optional contracts have one.
+    #: Definition in plain PyTorch, or in terms of other contracts: what runs where a backend declares no kernel.
     composite: Any = None
     #: A gradient may be the very tensor that came in, as autograd hands it on through a sum.
     hands_on_gradient: bool = False
@@ -134,7 +142,7 @@ class Expectation:
     """
 
     contract: str
-    oracle: Mapping[str, Tensor]
+    oracle: Mapping[str, Tensor | Interval]
     yardstick: Mapping[str, Tensor] | None
     gradient_factor: float = GRADIENT_FACTOR
 
@@ -149,11 +157,16 @@ class Expectation:
         verdicts = {}
         for name in only or self.oracle:
             try:
-                if self.yardstick is None or not self.oracle[name].is_floating_point():
-                    verdicts[name] = judge_exact(found[name], self.oracle[name])
-                else:
-                    factor = factor_of(name, self.gradient_factor)
-                    verdicts[name] = judge(found[name], self.oracle[name], self.yardstick[name], factor)
+                verdicts[name] = self._judge_one(name, found[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return verdicts
+
+    def _judge_one(self, name: str, found: Tensor) -> Verdict:
+        oracle = self.oracle[name]
+        if isinstance(oracle, Interval):
+            assert self.yardstick is not None
+            return judge_interval(found, oracle, self.yardstick[name].dtype)
+        if self.yardstick is None or not oracle.is_floating_point():
+            return judge_exact(found, oracle)
+        return judge(found, oracle, self.yardstick[name], factor_of(name, self.gradient_factor))

@@ -45,6 +45,17 @@ class Verdict:
         return self.ratio <= 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """fp64 oracle of a result that is rounded to a coarse grid after it was computed: any value in here is right."""
+
+    low: Tensor
+    high: Tensor
+
+    def numel(self) -> int:
+        return self.low.numel()
+
+
 def factor_of(name: str, gradient_factor: float = GRADIENT_FACTOR) -> float:
     """The factor for a named result; names of gradients begin with "d"."""
     return gradient_factor if name.startswith("d") else RESULT_FACTOR
@@ -78,6 +89,30 @@ def judge(actual: Tensor, oracle: Tensor, yardstick: Tensor, factor: float = RES
         rms_bound=factor * _rms(p - r) / norm + unit,
         finite=finite,
     )
+
+
+def max_bound(oracle: Tensor, yardstick: Tensor, name: str) -> float:
+    """What `judge` allows the largest error of the result `name` to be."""
+    largest = _largest(yardstick.double() - oracle)
+    return factor_of(name) * largest + 2 * UNIT_ROUNDOFF[yardstick.dtype] * _largest(oracle)
+
+
+def judge_interval(actual: Tensor, oracle: Interval, dtype: torch.dtype) -> Verdict:
+    """Compare `actual`, which is to be of `dtype`, with an interval for each element.
+
+    Raises:
+        ValueError: shape or dtype of `actual` is not the contract's.
+    """
+    if actual.dtype != dtype or actual.shape != oracle.low.shape:
+        raise ValueError(
+            f"result is {actual.dtype} {tuple(actual.shape)}, the contract asks for {dtype} {tuple(oracle.low.shape)}"
+        )
+    y = actual.detach().to("cpu", torch.float64)
+    outside = (oracle.low - y).clamp_min(0) + (y - oracle.high).clamp_min(0)
+    largest = _largest(torch.maximum(oracle.low.abs(), oracle.high.abs()))
+    rounding = 2 * UNIT_ROUNDOFF[dtype] * largest
+    finite = bool(torch.isfinite(y).all())
+    return Verdict(_largest(outside), rounding, _rms(outside), rounding, finite)
 
 
 def judge_exact(actual: Tensor, oracle: Tensor) -> Verdict:

@@ -1,12 +1,20 @@
 """Every contract of ospnext by name: one family per file."""
 
 from ospnext.ops.contract import Contract
-from ospnext.ops.contracts import attention, collective, fused, hif8_cast, quantize, quantized_linear
+from ospnext.ops.contracts import (
+    attention,
+    collective,
+    fused,
+    hif8_cast,
+    quantize,
+    quantized_attention,
+    quantized_linear,
+)
 
 _FAMILIES = (
     (attention.CONTRACT,),
     collective.CONTRACTS,
-    (*hif8_cast.CONTRACTS, *quantize.CONTRACTS, quantized_linear.CONTRACT),
+    (*hif8_cast.CONTRACTS, *quantize.CONTRACTS, quantized_linear.CONTRACT, quantized_attention.CONTRACT),
     fused.CONTRACTS,
 )
 
