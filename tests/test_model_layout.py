@@ -11,6 +11,7 @@ from small_models import SMALL, random_inputs, random_model, relative_error, spa
 from ospnext import ops
 from ospnext.conformance import oracle_dense
 from ospnext.models import PRESETS, OSPNextTransformer
+from ospnext.models.attend import Attend
 from ospnext.models.layout import StreamLayout, block_orders, stream_layout
 from ospnext.models.rope import rope_tables
 from ospnext.sparse import skiparse_plan
@@ -115,7 +116,7 @@ def test_attention_stays_inside_a_piece(grid):
         logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / 2
         logits = logits.masked_fill(piece_N[:, None] != piece_N, float("-inf"))
         expected = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
-        assert relative_error(block.subsequences.attend(q, k, v), expected) <= 1e-14
+        assert relative_error(Attend()(q, k, v, block.subsequences), expected) <= 1e-14
 
 
 # ---- rotary tables

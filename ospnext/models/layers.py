@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ospnext import ops
+from ospnext.models.attend import Attend
 from ospnext.models.config import TransformerConfig
+from ospnext.models.hif8_linear import project
 from ospnext.models.layout import BlockPlan
 
 
@@ -49,6 +51,7 @@ class AttentionProjections(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
+        self.attend = Attend()
 
     def split_heads(self, x_BNC: Tensor) -> Tensor:
         return x_BNC.unflatten(-1, (self.heads, -1))
@@ -58,10 +61,10 @@ class SelfAttention(AttentionProjections):
     """Attention among video tokens: within each subsequence of a sparse block, among all tokens in a full one."""
 
     def forward(self, x_BNC: Tensor, plan: BlockPlan) -> Tensor:
-        q_BNHD = ops.rope(self.split_heads(self.norm_q(self.q(x_BNC))), plan.cos, plan.sin)
-        k_BNHD = ops.rope(self.split_heads(self.norm_k(self.k(x_BNC))), plan.cos, plan.sin)
-        v_BNHD = self.split_heads(self.v(x_BNC))
-        return self.o(plan.subsequences.attend(q_BNHD, k_BNHD, v_BNHD).flatten(2))
+        q_BNC, k_BNC, v_BNC = project(x_BNC, self.q, self.k, self.v)
+        q_BNHD = ops.rope(self.split_heads(self.norm_q(q_BNC)), plan.cos, plan.sin)
+        k_BNHD = ops.rope(self.split_heads(self.norm_k(k_BNC)), plan.cos, plan.sin)
+        return self.o(self.attend(q_BNHD, k_BNHD, self.split_heads(v_BNC), plan.subsequences).flatten(2))
 
 
 class CrossAttention(AttentionProjections):
@@ -70,11 +73,12 @@ class CrossAttention(AttentionProjections):
     """
 
     def project_text(self, text_BLC: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split_heads(self.norm_k(self.k(text_BLC))), self.split_heads(self.v(text_BLC))
+        k_BLC, v_BLC = project(text_BLC, self.k, self.v)
+        return self.split_heads(self.norm_k(k_BLC)), self.split_heads(v_BLC)
 
     def forward(self, x_BNC: Tensor, text_kv_BLHD: tuple[Tensor, Tensor]) -> Tensor:
         q_BNHD = self.split_heads(self.norm_q(self.q(x_BNC)))
-        return self.o(ops.attention(q_BNHD, *text_kv_BLHD).flatten(2))
+        return self.o(self.attend(q_BNHD, *text_kv_BLHD).flatten(2))
 
 
 class GeluTanh(nn.Module):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ospnext import ops
 from ospnext.models.config import BlockKind
 from ospnext.models.rope import rope_tables
 from ospnext.sparse import Grid, OrderKind, skiparse_plan
@@ -24,21 +23,6 @@ class Subsequences:
     lengths: tuple[int, ...]
     #: int32 [B * pieces + 1], or None when all pieces are equally long and a plain batch serves.
     cu_seqlens: Tensor | None
-
-    def attend(self, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> Tensor:
-        """Self-attention inside each piece; [B, N, H, D] in and out."""
-        if self.cu_seqlens is None:
-            pieces = (t.reshape(-1, self.lengths[0], *t.shape[2:]) for t in (q_BNHD, k_BNHD, v_BNHD))
-            return ops.attention(*pieces).view(q_BNHD.shape)
-        longest = max(self.lengths)
-        out_THD = ops.attention_packed(
-            *(t.flatten(0, 1) for t in (q_BNHD, k_BNHD, v_BNHD)),
-            cu_seqlens_q=self.cu_seqlens,
-            cu_seqlens_kv=self.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        return out_THD.view(q_BNHD.shape)
 
 
 @dataclass(frozen=True, eq=False)
