@@ -14,7 +14,7 @@ from ospnext.ops.contract import Case, Contract
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.registry import Manifest, load
 
-from . import collectives, invariants, models, modes, selection
+from . import by_ranks, invariants, models, modes, selection
 from .check import Check
 from .layouts import LAYOUTS, changes_values
 
@@ -24,7 +24,7 @@ LEVELS = ("required", "optional", "extension")
 def all_checks(manifest: Manifest | None = None) -> list[Check]:
     """Every check, those of the backend's own extension cases included."""
     found = [check for contract in CONTRACTS.values() for check in _of_contract(contract, contract.cases())]
-    found += [*invariants.checks(), *selection.checks(), *collectives.checks(), *models.checks()]
+    found += [*invariants.checks(), *selection.checks(), *by_ranks.checks(), *models.checks()]
     if manifest is not None and manifest.cases:
         found += _extensions(manifest)
     ids = [check.id for check in found]
@@ -62,8 +62,8 @@ def shard(checks: list[Check], index: int, count: int) -> list[Check]:
 
 def _of_contract(contract: Contract, cases: Iterable[Case]) -> Iterator[Check]:
     """Each case eagerly; a crossed one in every layout and mode as well."""
-    if contract.family == "collective":
-        return  # run by several processes: see collectives.py
+    if contract.by_ranks:
+        return  # run by several processes: see by_ranks.py
     for case in cases:
         yield _check(contract, case, "", modes.eager)
         if getattr(case.request, "deterministic", False):

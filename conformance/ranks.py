@@ -1,4 +1,4 @@
-"""Processes that run collective cases as ranks of one group, and a parent that outlives whatever they do.
+"""Processes that run cases as ranks of one group, and a parent that outlives whatever they do.
 
 A rank that hangs or dies ends its group, is named with the place it was stuck in or its exit code, and costs no other
 case its run: the remaining ones go to fresh processes, of which none is left at the end."""

@@ -95,8 +95,8 @@ def refused_calls_raise_their_reason(target: Target, manifest: Manifest) -> Iter
     """Through the public function: a call that an implementation refuses raises, with every reason in the message."""
     for implementation, _ in _taken_requests(target, manifest):
         contract = CONTRACTS[implementation.contract]
-        if contract.family == "collective":
-            continue  # needs ranks
+        if contract.by_ranks:
+            continue
         for case in contract.cases():
             codes = _refused(contract, implementation, manifest, on_device(case.request, target.device))
             if not codes or case.layout != "contiguous" or getattr(case.request, "deterministic", False):

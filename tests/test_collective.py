@@ -10,7 +10,7 @@ import torch.distributed as dist
 from broken_collectives import broken
 
 from ospnext import ops
-from ospnext.conformance import collectives
+from ospnext.conformance import by_ranks
 from ospnext.conformance.check import Check, CheckFailure, Target
 from ospnext.conformance.ranks import LIMITS, Job, Limits, run_cases
 from ospnext.errors import UnsupportedRequestError
@@ -25,7 +25,7 @@ REFERENCE = Target("reference", CPU, "reference.gloo")
 
 def checks(ranks: int, limits: Limits = LIMITS) -> dict[str, Check]:
     """By the part of the id that says what is special."""
-    found = [check for check in collectives.checks(limits) if check.request.ranks == ranks]
+    found = [c for c in by_ranks.checks(limits) if c.contract is CONTRACT and c.request.ranks == ranks]
     return {check.id.removeprefix("collective/required/"): check for check in found}
 
 

@@ -146,7 +146,10 @@ def _amax(x: Tensor, granularity: Granularity, group: str) -> Tensor:
     """
     _check("hif8_quantize", x, None, 1.0, "amax", granularity)
     amax = amax_of(x, granularity)
-    return collective.all_reduce(amax, "max", _groups[group]) if group else amax
+    if not group:
+        return amax
+    # A maximum over ranks may lose a NaN; Inf, which gives the same scale, it keeps.
+    return collective.all_reduce(amax.masked_fill(amax.isnan(), torch.inf), "max", _groups[group])
 
 
 def _amax_fake(x: Tensor, granularity: Granularity, group: str) -> Tensor:

@@ -9,14 +9,16 @@ from ospnext.ops.contracts import (
     quantize,
     quantized_attention,
     quantized_linear,
+    shared_amax,
 )
 
-_FAMILIES = (
+_IN_ORDER = (
     (attention.CONTRACT,),
     collective.CONTRACTS,
-    (*hif8_cast.CONTRACTS, *quantize.CONTRACTS, quantized_linear.CONTRACT, quantized_attention.CONTRACT),
+    (*hif8_cast.CONTRACTS, *quantize.CONTRACTS, shared_amax.CONTRACT),
+    (quantized_linear.CONTRACT, quantized_attention.CONTRACT),
     fused.CONTRACTS,
 )
 
 #: In the order in which `explain`, reports and docs list them.
-CONTRACTS: dict[str, Contract] = {contract.name: contract for family in _FAMILIES for contract in family}
+CONTRACTS: dict[str, Contract] = {contract.name: contract for some in _IN_ORDER for contract in some}

@@ -193,6 +193,7 @@ CONTRACT = Contract(
     family="collective",
     level="required",
     request=CollectiveRequest,
+    by_ranks=True,
     meaning=MEANING,
     inputs=_inputs,
     oracle=_oracle,
