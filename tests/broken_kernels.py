@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import broken_attention as attention
 import broken_fused as fused
+import broken_quantize as quantize
 import broken_sizes as sizes
 import broken_unseen as unseen
 import torch
@@ -278,6 +279,84 @@ FUSED = (
 )
 
 
+# ---- quantize
+
+_QUANTIZE_FEATURES = frozenset(
+    {
+        *("saturate", "scale_max", "scale_mode", "granularity", "given_amax"),
+        *("x_granularity", "weight_granularity", "bias", "accumulate", "backward"),
+    }
+)
+
+
+def _of_quantize(kernel: type, kills: str, spares: str, says: str = BEYOND) -> tuple[str, Mutant]:
+    """`kills` and `spares` are ids without "<contract>/required/", separated by blanks. Beside the broken kernel stand
+    those of the reference for the other contracts.
+    """
+    name, contract = _name(kernel), kernel.contract
+    globals()[name] = kernel()
+    broken = Implementation(f"{name}.hif8", contract, f"{__name__}:{name}", handles=_QUANTIZE_FEATURES)
+    honest = (
+        dataclasses.replace(other, id=f"{name}.{other.id.partition('.')[2]}")
+        for other in MANIFEST.implementations
+        if other.contract != contract
+    )
+    ids = (_ids(f"{contract}/required/", part) for part in (kills, spares))
+    return name, Mutant(_backend(name, broken, *honest), *ids, says, fault=_fault(globals()[name]))
+
+
+_Q = quantize
+QUANTIZE = (
+    _of_quantize(_Q.TiesToEven, "bf16-all fp16-all fp32-boundaries", "bf16-scalar"),
+    _of_quantize(_Q.TiesTowardsZero, "bf16-all fp32-boundaries", "bf16-scalar"),
+    _of_quantize(_Q.NoOverflow, "bf16-all fp32-boundaries", "bf16-all-saturate fp16-all-saturate"),
+    _of_quantize(_Q.SaturateDropped, "bf16-all-saturate fp32-boundaries-saturate", "bf16-all fp32-boundaries"),
+    _of_quantize(_Q.FlushMissing, "bf16-all fp32-boundaries", "fp32-scalar"),
+    _of_quantize(_Q.HalfOfTheSmallestFlushed, "bf16-all fp16-all fp32-boundaries", "fp32-plain"),
+    _of_quantize(_Q.NegativeZeroKept, "bf16-all fp32-boundaries", "fp32-scalar"),
+    _of_quantize(_Q.NanBecomesInfinite, "bf16-all fp16-all fp32-boundaries", "fp32-plain"),
+    _of_quantize(_Q.RoundsTwice, "fp32-boundaries fp64-boundaries", "bf16-all"),
+    _of_quantize(_Q.LastElementsLost, "bf16-n4194305 bf16-plain fp32-1", "bf16-all"),
+    _of_quantize(_Q.InfinityIsAValue, "bf16-all fp32-all", "bf16-0x5"),
+    _of_quantize(_Q.NanIsNegativeZero, "bf16-all fp32-all", "fp32-plain"),
+    _of_quantize(_Q.SubnormalsTwiceAsLarge, "fp16-all fp32-plain", "bf16-0x5"),
+    _of_quantize(
+        _Q.RankLocalAmax,
+        "bf16-given fp32-given-row bf16-overflow",
+        "bf16-tensor fp32-row",
+        "",
+    ),
+    _of_quantize(_Q.OneScaleForAll, "bf16-row fp32-channel bf16-zerorow", "bf16-tensor", ""),
+    _of_quantize(_Q.LargestNotMagnitude, "fp32-row bf16-channel", "bf16-zero", ""),
+    _of_quantize(_Q.ScaleInBf16, "bf16-row fp32-tensor-224", "bf16-tensor-pow2", ""),
+    _of_quantize(_Q.PowerOfTwoBelow, "bf16-tensor-pow2 fp32-tensor-pow2 bf16-row-pow2", "bf16-tensor", ""),
+    _of_quantize(_Q.ZeroHasNoScale, "bf16-zero bf16-zerorow bf16-0x7", "bf16-tensor", "scale is"),
+    _of_quantize(_Q.NanSurvivesAlone, "bf16-nan fp32-nan-row fp32-inf-channel", "bf16-tensor", ""),
+    _of_quantize(_Q.ScaleIgnored, "bf16-tensor fp32-row", "bf16-zero", "codes is"),
+    _of_quantize(_Q.ScaleAppliedTwice, "bf16-tensor fp32-row", "bf16-zero", "codes is"),
+    _of_quantize(_Q.ReciprocalProduct, "hif8_quantize/optional/bf16-division", "fp32-tensor bf16-ties", "codes is"),
+    _of_quantize(_Q.NotScaledBack, "bf16-tensor fp32-row", "hif8_encode/required/bf16-scalar"),
+    _of_quantize(_Q.NotRounded, "bf16-tensor fp32-row fp32-ties", "hif8_encode/required/bf16-scalar"),
+    _of_quantize(_Q.RankLocalRoundTrip, "bf16-given fp32-given", "bf16-tensor"),
+    _of_quantize(_Q.ScaleOfXIgnored, "fp32-plain bf16-backward fp32-row", "fp32-scalenan bf16-exact-backward"),
+    _of_quantize(_Q.ScaleOfWeightIgnored, "fp32-plain bf16-stored fp32-scale0", "bf16-exact-backward"),
+    _of_quantize(_Q.ScalesAppliedTwice, "fp32-plain bf16-row", "bf16-exact-backward"),
+    _of_quantize(_Q.BiasBeforeScales, "fp32-backward bf16-stored", "fp32-plain bf16-exact-backward"),
+    _of_quantize(_Q.BiasDropped, "fp32-backward bf16-stored fp32-k0", "fp32-plain"),
+    _of_quantize(_Q.SumsInBf16, "fp32-plain fp32-k13824", "fp32-k1-n1-backward"),
+    _of_quantize(_Q.LastFeaturesNotAdded, "fp32-plain bf16-backward", "bf16-tiles-backward"),
+    _of_quantize(_Q.LastTokensLost, "fp32-plain bf16-m1-backward", "bf16-tiles-backward"),
+    _of_quantize(_Q.OneScalePerTensor, "fp32-row bf16-stored-row", "bf16-backward"),
+    _of_quantize(_Q.NanInWeightsLost, "fp32-scalenan", "fp32-stored"),
+    _of_quantize(_Q.NeverFp64, "fp32-accumulate64-k13824", "fp32-k13824"),
+    _of_quantize(_Q.GradientNotScaled, "fp32-backward bf16-stored-backward", "bf16-exact-backward fp32-plain"),
+    _of_quantize(_Q.WeightGradientOfHalfTheTokens, "fp32-backward bf16-exact-backward", "fp32-plain"),
+    _of_quantize(_Q.BiasGradientNotScaled, "fp32-backward bf16-backward", "fp32-rawbias-backward"),
+    _of_quantize(_Q.WeightGradientInTheDtypeOfX, "bf16-fp32weight-backward", "bf16-backward"),
+    _of_quantize(_Q.CodesWritten, "bf16-stored fp32-stored-row", "fp32-plain", OVERWRITTEN),
+)
+
+
 # ---- selection
 
 
@@ -353,8 +432,8 @@ SELECTION = (
     ),
 )
 
-MUTANTS: dict[str, Mutant] = dict((*ATTENTION, *SIZES, *FUSED, *SELECTION))
-assert len(MUTANTS) == len((*ATTENTION, *SIZES, *FUSED, *SELECTION))
+MUTANTS: dict[str, Mutant] = dict((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *SELECTION))
+assert len(MUTANTS) == len((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *SELECTION))
 
 #: Found by no check so far: broken_unseen.py says why each is there.
 UNSEEN: dict[str, Mutant] = dict(

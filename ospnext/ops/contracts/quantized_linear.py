@@ -147,7 +147,7 @@ def _yardstick(named: Mapping[str, Any]) -> dict[str, Tensor]:
         return total
 
     dtype = named["x"].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.float64 if torch.float64 == dtype or named["recipe"].accumulate == "fp64" else torch.float32
     weight_dtype = dtype if "weight_scale" in named else named["weight"].dtype
     found = _evaluate(named, product, wide)
     of_parameters = {"dweight": weight_dtype, "dbias": None if named["bias"] is None else named["bias"].dtype}
