@@ -251,13 +251,15 @@ def test_meta_tensors_have_shape_and_dtype(dtype):
 
 
 def test_first_use_under_inference_mode_does_not_spoil_training():
-    hif8._table.cache_clear()
-    hif8._decoding.cache_clear()
+    for table in (hif8._codes_by_key, hif8._values_by_key, hif8._decoding):
+        table.cache_clear()
     weight = torch.linspace(-3, 3, 64, requires_grad=True)
     with torch.inference_mode():
         first = hif8.decode(hif8.encode(weight))
+        hif8.round_to_grid(weight)
         assert first.is_inference()
-    assert not hif8._table(weight.device, False).values.is_inference()
+    assert not hif8._codes_by_key(weight.device, False).is_inference()
+    assert not hif8._values_by_key(weight.device, torch.float32, False).is_inference()
     assert not hif8._decoding(weight.device, torch.float32).is_inference()
     rounded = hif8.round_to_grid(weight.detach())
     (rounded * weight).sum().backward()

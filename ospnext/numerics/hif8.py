@@ -5,7 +5,9 @@ A code is a sign, a prefix that says how long the exponent is, the exponent and 
 2409.16626). Codes are uint8. Their order is not that of the values: never compare or sort them.
 
 Rounding is to nearest, halves away from zero. Hybrid rounding, which hardware offers beside it, is left out on purpose:
-its recipe for the random bits is not published, so that no two implementations could be held to the same result."""
+its recipe for the random bits is not published, so that no two implementations could be held to the same result.
+
+Models call the casts of `ospnext.ops`, which can be traced; these here keep tables and cannot."""
 
 from __future__ import annotations
 
@@ -56,12 +58,14 @@ def encode(x: Tensor, *, saturate: bool = False) -> Tensor:
     Raises:
         TypeError: x has another dtype.
     """
-    return _look_up(x, _table(x.device, saturate).codes)
+    _require_float(x)
+    return _look_up(x, _codes_by_key(x.device, saturate))
 
 
 def round_to_grid(x: Tensor, *, saturate: bool = False) -> Tensor:
-    """`decode(encode(x))` in the dtype of x, which holds every HiFloat8 value exactly."""
-    return _look_up(x, _table(x.device, saturate).values).to(x.dtype)
+    """`decode(encode(x))` in the dtype of x, which holds every HiFloat8 value exactly. Has no gradient."""
+    _require_float(x)
+    return _look_up(x, _values_by_key(x.device, x.dtype, saturate))
 
 
 def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,29 +129,32 @@ def _rounded(exponent: int, sixteenths: int) -> float:
 _NAN_KEY = 0x0FF8
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """By key: codes (uint8 [8192]) and their values (fp32 [8192])."""
-
-    codes: Tensor
-    values: Tensor
-
-
 @functools.cache
-def _table(device: torch.device, saturate: bool) -> _Table:
-    code_of = {value_of(code): code for code in range(256) if code != NAN}
-    values, codes = [], []
+def _rounded_by_key(saturate: bool) -> list[float]:
+    """The value that each of the 2^13 keys rounds to."""
+    values = []
     for key in range(1 << 13):
         sign, exponent, sixteenths = (-1 if key >> 12 else 1), (key >> 4 & 0xFF) - 127, 16 + (key & 0xF)
         if exponent == 128 and sixteenths > 16:
-            value = math.nan
-        else:
-            value = sign * _rounded(exponent, sixteenths) + 0.0  # -0 + 0 is 0
-            value = max(-INFO.max, min(INFO.max, value)) if saturate else value
-        values.append(value)
-        codes.append(NAN if math.isnan(value) else code_of[value])
+            values.append(math.nan)
+            continue
+        value = sign * _rounded(exponent, sixteenths) + 0.0  # -0 + 0 is 0
+        values.append(max(-INFO.max, min(INFO.max, value)) if saturate else value)
+    return values
+
+
+@functools.cache
+def _codes_by_key(device: torch.device, saturate: bool) -> Tensor:
+    code_of = {value_of(code): code for code in range(256) if code != NAN}
+    codes = [NAN if math.isnan(value) else code_of[value] for value in _rounded_by_key(saturate)]
     with torch.inference_mode(False):  # kept for callers of every mode
-        return _Table(torch.tensor(codes, dtype=torch.uint8, device=device), torch.tensor(values, device=device))
+        return torch.tensor(codes, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _values_by_key(device: torch.device, dtype: torch.dtype, saturate: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_rounded_by_key(saturate), dtype=dtype, device=device)
 
 
 @functools.cache
@@ -156,9 +163,12 @@ def _decoding(device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.tensor([value_of(code) for code in range(256)], dtype=dtype, device=device)
 
 
-def _look_up(x: Tensor, table: Tensor) -> Tensor:
+def _require_float(x: Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"HiFloat8 is made from fp64, fp32, bf16 or fp16; got {x.dtype}")
+
+
+def _look_up(x: Tensor, table: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=table.dtype, device=x.device)
     for found, given in _blocks(out, x):
         torch.index_select(table, 0, _key(given), out=found)
