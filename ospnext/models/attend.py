@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,11 +19,15 @@ class Attend(nn.Module):
     """softmax(q k^T) v; with a recipe, of q, k and v that went through HiFloat8."""
 
     recipe: HiF8Recipe | None = None
+    #: What q, k and v each go through before, where it is not the quantization of a contract: see upstream_bf16.py.
+    round_trip: Callable[[Tensor], Tensor] | None = None
     #: Ranks that hold other heads or tokens of the same q, k and v: they share scales.
     amax_group: ProcessGroup | None = None
 
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, pieces: Subsequences | None = None) -> Tensor:
         """[B, S, H, D] in and out; among all tokens of a sample, or inside each of its pieces."""
+        if self.round_trip is not None:
+            q_BSHD, k_BSHD, v_BSHD = self.round_trip(q_BSHD), self.round_trip(k_BSHD), self.round_trip(v_BSHD)
         if pieces is None:
             return self._dense(q_BSHD, k_BSHD, v_BSHD)
         if pieces.cu_seqlens is None:
@@ -49,4 +54,4 @@ class Attend(nn.Module):
         return ops.quantized_attention(q, k, v, recipe=self.recipe, amax_group=self.amax_group, **pack)
 
     def extra_repr(self) -> str:
-        return "" if self.recipe is None else str(self.recipe)
+        return ", ".join(str(said) for said in (self.recipe, self.round_trip) if said is not None)

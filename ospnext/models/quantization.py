@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, field, fields
+from typing import Literal, cast, get_args
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from ospnext.errors import ConfigError
 from ospnext.models.attend import Attend
 from ospnext.models.hif8_linear import HiF8Linear, StoredHiF8Linear
 from ospnext.models.transformer import OSPNextTransformer
+from ospnext.models.upstream_bf16 import RoundTrip, UpstreamBf16Linear
 from ospnext.ops import HiF8Recipe
 
 #: The linears of a block, by their names in it. Embeddings, head, norms and modulation are never quantized.
@@ -25,6 +26,7 @@ LINEARS = (
 ATTENTIONS = ("self_attn", "cross_attn")
 
 Quant = Literal["none", "hif8"]
+Compat = Literal["none", "upstream_bf16"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class QuantPolicy:
         attention: which attention, of `ATTENTIONS`.
         blocks: which blocks: "all", or numbers and ranges from 0, such as "2-37" or "0,4-9".
         recipe: scales and sums.
+        compat: "upstream_bf16" computes scales as the training code of the released weights does, for comparisons with
+            it only: never faster, less exact, in no contract. Of the recipe it knows scale_max and grad_scale_max.
     """
 
     quant: Quant = "none"
@@ -46,17 +50,25 @@ class QuantPolicy:
     attention: tuple[str, ...] = ATTENTIONS
     blocks: str = "all"
     recipe: HiF8Recipe = field(default_factory=HiF8Recipe)
+    compat: Compat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("quant", "quant_attn"):
-            if getattr(self, name) not in ("none", "hif8"):
-                raise ConfigError(f"{name} must be none or hif8, got {getattr(self, name)!r}")
+        for name, legal in (("quant", Quant), ("quant_attn", Quant), ("compat", Compat)):
+            choices = get_args(legal)
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
         for name, known in (("linears", LINEARS), ("attention", ATTENTIONS)):
             unknown = [word for word in getattr(self, name) if word not in known]
             if unknown:
                 raise ConfigError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}")
         if self.blocks != "all" and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.blocks):
             raise ConfigError(f"blocks must be 'all' or numbers and ranges such as 2-37 or 0,4-9; got {self.blocks!r}")
+        if self.compat != "none":
+            for name, default in ((f.name, f.default) for f in fields(HiF8Recipe)):
+                if name not in ("scale_max", "grad_scale_max") and getattr(self.recipe, name) != default:
+                    raise ConfigError(
+                        f"compat={self.compat!r} has no {name}={getattr(self.recipe, name)!r}: only {default!r}"
+                    )
 
     def block_numbers(self, num_layers: int) -> list[int]:
         """The blocks that are quantized, of `num_layers`.
@@ -96,17 +108,29 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
             and can be trained.
 
     Raises:
-        ConfigError: the model has no such block, or one of the layers is quantized already.
+        ConfigError: the model has no such block, or one of the layers is quantized already, or `store` is asked for
+            with a `compat`. The model is then as it was.
     """
-    layers = model.config.num_layers
-    kind = StoredHiF8Linear if store else HiF8Linear
-    for name in policy.linear_names(layers):
-        linear = model.get_submodule(name)
+    layers, recipe = model.config.num_layers, policy.recipe
+    if store and policy.compat != "none":
+        raise ConfigError(f"compat={policy.compat!r} quantizes weights in each call: it has no stored codes")
+    linears = {name: model.get_submodule(name) for name in policy.linear_names(layers)}
+    attends = {name: cast(Attend, model.get_submodule(f"{name}.attend")) for name in policy.attention_names(layers)}
+    for name, linear in linears.items():
         if type(linear) is not nn.Linear:
             raise ConfigError(
                 f"{name} is a {type(linear).__name__}: only plain linears can be quantized, and only once"
             )
-        model.set_submodule(name, kind.of(linear, policy.recipe))
-    for name in policy.attention_names(layers):
-        cast(Attend, model.get_submodule(f"{name}.attend")).recipe = policy.recipe
+    for name, attend in attends.items():
+        if attend.recipe is not None or attend.round_trip is not None:
+            raise ConfigError(f"{name} is quantized already: attention can be quantized only once")
+    upstream = policy.compat == "upstream_bf16"
+    kind = UpstreamBf16Linear if upstream else StoredHiF8Linear if store else HiF8Linear
+    for name, linear in linears.items():
+        model.set_submodule(name, kind.of(cast(nn.Linear, linear), recipe))
+    for attend in attends.values():
+        if upstream:
+            attend.round_trip = RoundTrip(recipe)
+        else:
+            attend.recipe = recipe
     return model
