@@ -82,7 +82,7 @@ def _inputs(case: Case) -> dict[str, Any]:
     weight_dtype = options.get("weight_dtype", request.dtype)
     weight = largest(random(features, inner), -15.0) * (1.0 if case.exact else 0.02)
     named["weight"] = rounded(weight, recipe.scale_max, weight_dtype)
-    if options.get("stored"):
+    if "stored" in options:
         values, scale = oracle.quantized(
             named["weight"], recipe.scale_max, recipe.scale_mode, options.get("weight_granularity", recipe.granularity)
         )
