@@ -137,7 +137,7 @@ def _shared_amax(x: Tensor, granularity: Granularity, amax: Tensor | None, group
         return amax
     if amax is not None:
         raise ValueError("hif8: give amax or amax_group, not both")
-    return amax_op(x, granularity, remember_group(group))
+    return amax_op(x.detach(), granularity, remember_group(group))
 
 
 def _amax(x: Tensor, granularity: Granularity, group: str) -> Tensor:
