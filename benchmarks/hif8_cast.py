@@ -19,6 +19,7 @@ import en_dtypes
 import numpy as np
 import torch
 
+from ospnext import ops
 from ospnext.numerics import hif8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -107,6 +108,15 @@ def speed() -> str:
         lines.append(row("round_to_grid", name, name, rate, 2 * dtype.itemsize, bandwidth, theirs_round_trip(wide)))
         rate = decode_rate(codes, dtype)
         lines.append(row("decode", "code", name, rate, 1 + dtype.itemsize, bandwidth, theirs_decode(codes, dtype)))
+    # With a scale: amax reads everything once before the cast does.
+    for name in ("bf16", "fp32"):
+        wide, size = x.to(DTYPES[name]).view(-1, 1024), DTYPES[name].itemsize
+        rate = wide.numel() / median_seconds(lambda t=wide: ops.hif8_quantize(t))
+        theirs = theirs_quantize(wide)
+        lines.append(row("quantize", name, "code, scale", rate, 2 * size + 1, bandwidth, theirs))
+        rate = wide.numel() / median_seconds(lambda t=wide: ops.hif8_fake_quantize(t))
+        theirs = theirs_fake_quantize(wide)
+        lines.append(row("fake_quantize", name, name, rate, 3 * size, bandwidth, theirs))
     return "\n".join(lines)
 
 
@@ -114,6 +124,23 @@ def row(cast: str, source: str, target: str, rate: float, bytes_each: int, bandw
     floor = bandwidth / bytes_each
     cells = [f"{rate / 1e6:.0f}", f"{floor / 1e6:.0f}", f"{rate / floor:.1%}", f"{theirs / 1e6:.0f}"]
     return f"| {cast} | {source} | {target} | " + " | ".join(cells) + f" | {rate / theirs:.1f} x |"
+
+
+def theirs_quantize(x: torch.Tensor) -> float:
+    """Scale and division by numpy, the cast by en_dtypes."""
+    values = x.float().numpy()
+    return x.numel() / median_seconds(lambda: their_codes(values / (np.abs(values).max() / np.float32(15))))
+
+
+def theirs_fake_quantize(x: torch.Tensor) -> float:
+    values = x.float().numpy()
+
+    def round_trip() -> np.ndarray:
+        scale = np.abs(values).max() / np.float32(15)
+        with np.errstate(all="ignore"):
+            return (values / scale).astype(en_dtypes.hifloat8).astype(np.float32) * scale
+
+    return x.numel() / median_seconds(round_trip)
 
 
 def copy_bandwidth() -> float:

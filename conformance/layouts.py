@@ -105,6 +105,8 @@ def _geometry(tensor: Tensor, layout: str) -> tuple[tuple[int, ...], int, int]:
         swapped = (*shape[:-3], shape[-2], shape[-3], shape[-1])
         natural = _contiguous(swapped)
         strides = (*natural[:-3], natural[-2], natural[-3], natural[-1])
+    elif layout == "transposed" and len(shape) == 2:
+        strides = (1, max(1, shape[0]))
     elif layout in ("fused_qkv", "batched_qkv") and len(shape) > 1:
         block = 2 if len(shape) == 4 else 1
         slices = 3 if layout == "fused_qkv" else 3 * FUSED_HEADS // (shape[-2] if block == 2 else 1)

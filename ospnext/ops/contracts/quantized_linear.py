@@ -173,21 +173,27 @@ def _call(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tenso
 
 def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     recipe: HiF8Recipe = named["recipe"]
+    quantize, with_gradient = op("hif8_quantize"), "grad_out" in named
+
+    def quantized(t: Tensor, scale_max: float) -> tuple[Tensor, Tensor]:
+        return quantize(t, None, scale_max, recipe.scale_mode, recipe.granularity)
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return t.detach().requires_grad_(with_gradient) if t is not None and t.is_floating_point() else None
+
     x, weight, bias = (named[key] for key in ("x", "weight", "bias"))
-    settings = (recipe.scale_mode, recipe.granularity)
-    quantize = op("hif8_quantize")
-    of_x, of_weight = (quantize(t, None, recipe.scale_max, *settings) for t in (x, weight))
-    leaves = [t.detach().requires_grad_("grad_out" in named) for t in (x, weight, bias)]
+    of_x = quantized(x, recipe.scale_max)
+    stored = "weight_scale" in named
+    of_weight = (weight, named["weight_scale"]) if stored else quantized(weight, recipe.scale_max)
     of_gradient = (recipe.grad_scale_max, recipe.scale_mode, recipe.bias_grad, "")
     yield (
         op("quantized_linear"),
-        (leaves[0], *of_x, leaves[1], *of_weight, leaves[2], recipe.accumulate, *of_gradient),
+        (leaf(x), *of_x, leaf(weight), *of_weight, leaf(bias), recipe.accumulate, *of_gradient),
     )
-    if "grad_out" not in named:
-        return
-    of_grad = quantize(named["grad_out"], None, recipe.grad_scale_max, *settings)
-    dtypes = (x.dtype, weight.dtype, bias.dtype)
-    yield op("quantized_linear_backward"), (*of_grad, *of_x, *of_weight, *dtypes, recipe.accumulate)
+    if with_gradient:
+        dtypes = (x.dtype, weight.dtype, bias.dtype)
+        of_grad = quantized(named["grad_out"], recipe.grad_scale_max)
+        yield op("quantized_linear_backward"), (*of_grad, *of_x, *of_weight, *dtypes, recipe.accumulate)
 
 
 # ---- cases
@@ -235,7 +241,7 @@ def _cases() -> Iterator[Case]:
         yield _case("backward", tag, backward=True, crossed=True)
         yield _case("nobias-backward", tag, bias=False, backward=True)
         yield _case("rawbias-backward", tag, recipe=raw, backward=True)
-        yield _case("stored", tag, stored=True)
+        yield _case("stored", tag, stored=True, crossed=True)
         yield _case("stored-backward", tag, stored=True, backward=True)
         yield _case("row", tag, recipe=PER_ROW, crossed=True)
         yield _case("stored-row", tag, recipe=PER_ROW, stored=True)
