@@ -38,11 +38,13 @@ ALL = MUTANTS | UNSEEN
 
 #: What a mutant of a kernel can be found by, beside its own contract.
 SHARED = ("model/", "selection/")
+#: No model of the suite is quantized, but contracts of the family are made of each other.
+QUANTIZE = (*(f"{c.name}/" for c in CONTRACTS.values() if c.family == "quantize"), "selection/")
 BAD = ("fail", "error")
 
 
 def concerned(mutant: Mutant, checks: list[Check]) -> list[Check]:
-    prefixes = (f"{mutant.contract}/", *SHARED)
+    prefixes = QUANTIZE if f"{mutant.contract}/" in QUANTIZE else (f"{mutant.contract}/", *SHARED)
     if any(i.startswith("selection/") for i in mutant.kills):
         prefixes = ("selection/",)
     return [check for check in checks if check.id.startswith(prefixes)]

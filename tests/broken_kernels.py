@@ -337,7 +337,7 @@ QUANTIZE = (
     _of_quantize(_Q.ReciprocalProduct, "hif8_quantize/optional/bf16-division", "fp32-tensor bf16-ties", "codes is"),
     _of_quantize(_Q.NotScaledBack, "bf16-tensor fp32-row", "hif8_encode/required/bf16-scalar"),
     _of_quantize(_Q.NotRounded, "bf16-tensor fp32-row fp32-ties", "hif8_encode/required/bf16-scalar"),
-    _of_quantize(_Q.RankLocalRoundTrip, "bf16-given fp32-given", "bf16-tensor"),
+    _of_quantize(_Q.RankLocalRoundTrip, "bf16-given fp32-given hif8_shared_amax/required/r2-bf16", "bf16-tensor"),
     _of_quantize(_Q.ScaleOfXIgnored, "fp32-plain bf16-backward fp32-row", "fp32-scalenan bf16-exact-backward"),
     _of_quantize(_Q.ScaleOfWeightIgnored, "fp32-plain bf16-stored fp32-scale0", "bf16-exact-backward"),
     _of_quantize(_Q.ScalesAppliedTwice, "fp32-plain bf16-row", "bf16-exact-backward"),

@@ -49,7 +49,7 @@ def _inputs(case: Case) -> dict[str, dict[str, Any]]:
     generator, ranks = generator_of(case), case.request.ranks
     named = {}
     for rank in range(ranks):
-        x = torch.randn(11 + rank, 7, generator=generator, dtype=torch.float64) * 5.0 ** ((rank * 2 + 1) % ranks)
+        x = torch.randn(11 + rank, 7, generator=generator, dtype=torch.float64) * 5.0 ** ((rank + 1) % ranks)
         if case.options["kind"] == "empty" and rank == 0:
             x = x[:0]
         if case.options["kind"] == "nan" and rank == ranks - 1:
