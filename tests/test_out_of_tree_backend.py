@@ -45,7 +45,7 @@ def test_it_conforms_with_one_command(vendor: Environment, tmp_path: Path) -> No
     assert set(report["summary"]) == {"pass"}
     assert {case["id"] for case in report["cases"]} == set(ids)
     used = {case["implementation"] for case in report["cases"] if case["implementation"]}
-    assert used == {"acme.sdpa", "acme.rows", "acme.exchange", "acme.rms_norm", "composite"}
+    assert used == {"acme.sdpa", "acme.rows", "acme.exchange", "acme.bits", "acme.rms_norm", "composite"}
     assert report["source"] == {"commit": None, "dirty": None}
 
 

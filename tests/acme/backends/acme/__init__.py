@@ -2,6 +2,8 @@
 
 from ospnext.ops.registry import Implementation, Manifest, Refusal
 
+_SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
+
 MANIFEST = Manifest(
     backend="acme",
     description="Acme One, which computes like a CPU",
@@ -29,6 +31,16 @@ MANIFEST = Manifest(
             "collective",
             "backends.acme.collective:exchange",
             handles=frozenset({"uneven", "reduction"}),
+        ),
+        Implementation("acme.bits", "hif8_encode", "backends.acme.quantize:encode", handles=frozenset({"saturate"})),
+        Implementation("acme.bits", "hif8_decode", "backends.acme.quantize:decode"),
+        Implementation("acme.bits", "hif8_quantize", "backends.acme.quantize:quantize", handles=_SCALED),
+        Implementation("acme.bits", "hif8_fake_quantize", "backends.acme.quantize:fake_quantize", handles=_SCALED),
+        Implementation(
+            "acme.bits",
+            "quantized_linear",
+            "backends.acme.quantize:linear",
+            handles=frozenset({"x_granularity", "weight_granularity", "bias", "accumulate", "backward"}),
         ),
         Implementation(
             "acme.rms_norm",
