@@ -13,9 +13,12 @@ from ospnext.models.weights.checkpoint_files import Checkpoint, is_one_of_many
 from ospnext.models.weights.config_files import infer_config, override_config, read_config, require_text_to_video
 from ospnext.models.weights.foreign import describe_foreign
 from ospnext.models.weights.keymaps import KeyMap, detect
+from ospnext.models.weights.quantized import KEY, Quantization, disagreements
 from ospnext.models.weights.shapes import Shape, parameter_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+#: What tensors of a readable checkpoint can be; uint8 are HiFloat8 codes.
+STORED_DTYPES = DTYPES | {"uint8": torch.uint8}
 
 _SHOWN = 10
 
@@ -51,9 +54,10 @@ def resolve_config(checkpoint: Checkpoint, keys: KeyMap, overrides: Mapping[str,
     return config
 
 
-def require_match(checkpoint: Checkpoint, keys: KeyMap, config: TransformerConfig) -> None:
-    """CheckpointError with every kind of difference between the stored tensors and those `config` calls for."""
-    stored, expected = checkpoint.tensors, parameter_shapes(config)
+def require_match(checkpoint: Checkpoint, keys: KeyMap, config: TransformerConfig, quantization: Quantization) -> None:
+    """CheckpointError with every kind of difference between the stored tensors and those the configs call for."""
+    stored, expected = checkpoint.tensors, quantization.shapes(parameter_shapes(config))
+    fixed = quantization.dtypes
     kinds = {
         "missing": _missing(keys, expected),
         "unexpected": [f"{name} {list(stored[name].shape)}" for name in _unexpected(keys, expected)],
@@ -63,8 +67,11 @@ def require_match(checkpoint: Checkpoint, keys: KeyMap, config: TransformerConfi
             if ours in expected and stored[name].shape != expected[ours]
         ],
         f"of a dtype other than {', '.join(DTYPES)}": [
-            f"{name} {stored[name].dtype}" for name in keys.official if stored[name].dtype not in DTYPES
+            f"{name} {stored[name].dtype}"
+            for name, ours in keys.official.items()
+            if ours not in fixed and stored[name].dtype not in STORED_DTYPES
         ],
+        **disagreements(stored, keys, quantization),
     }
     if not any(kinds.values()):
         return
@@ -94,4 +101,7 @@ def _listed(kind: str, names: list[str]) -> str:
 def _hint(checkpoint: Checkpoint) -> str | None:
     if is_one_of_many(checkpoint.path):
         return "this file is one shard of several: give its folder"
-    return describe_foreign(checkpoint.tensors.keys())
+    names = checkpoint.tensors.keys()
+    if KEY in (checkpoint.config or {}):  # scales belong there, and say nothing about what the file is
+        return describe_foreign([name for name in names if not name.endswith(".weight_scale")])
+    return describe_foreign(names)

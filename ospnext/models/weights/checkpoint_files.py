@@ -22,7 +22,7 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _WRAPPERS = ("state_dict", "model")
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 
 
 @dataclass(frozen=True)

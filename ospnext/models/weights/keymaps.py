@@ -31,6 +31,8 @@ def _block_names() -> dict[str, str]:
     affine = {"norm3": "norm2"}
     return {
         **_with_leaves(linears | affine, ("weight", "bias")),
+        # Of linears whose weight is stored as HiFloat8 codes.
+        **_with_leaves(linears, ("weight_scale",)),
         **_with_leaves(norms, ("weight",)),
         "modulation": "scale_shift_table",
     }
