@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ospnext import ops
+from ospnext.cli import main
 from ospnext.errors import UnsupportedRequestError
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
@@ -164,3 +165,110 @@ def test_a_request_is_described_without_its_defaults():
     assert describe_request(FusedRequest("cpu", torch.float64, (3,), permuted=True)) == (
         "device_type=cpu dtype=float64 shape=(3,) permuted=True"
     )
+
+
+# ---- the command line, for the quantize family
+
+
+def command(capsys, *words, code=0) -> str:
+    """What `ospnext explain` prints, and the error it ends with."""
+    assert main(["explain", *words, "--device", "cpu"]) == code
+    found = capsys.readouterr()
+    return found.out + found.err
+
+
+def test_the_whole_text_about_a_quantized_linear(capsys):
+    assert command(
+        capsys, "quantized_linear", "--feature", "backward", "--feature", "accumulate=fp64"
+    ).splitlines() == [
+        "quantized_linear.v1  device_type=cpu dtype=bfloat16 shape=(75600, 5120, 5120) accumulate=fp64 backward=True",
+        "  policy: backend=auto (default), no fallback",
+        "  asked: auto (default) -> reference",
+        "    reference.hif8  chosen       values of the grid in fp32, so that every product is exact",
+        "  shape is (tokens, output features, input features); hif8_quantize makes the codes",
+    ]
+
+
+@pytest.mark.parametrize("name", ["hif8_encode", "hif8_decode", "hif8_quantize", "hif8_fake_quantize"])
+def test_casts_and_quantizers_are_explained_by_shape(capsys, name):
+    text = command(capsys, name, "--shape", "3,5", "--dtype", "fp32").splitlines()
+    assert text[0] == f"{name}.v1  device_type=cpu dtype=float32 shape=(3, 5)"
+    assert text[-1].startswith("    reference.hif8  chosen ")
+
+
+def test_features_with_a_value_reach_the_request(capsys):
+    words = ["granularity=row", "scale_mode=pow2", "scale_max=224", "given_amax"]
+    features = [word for value in words for word in ("--feature", value)]
+    found = json.loads(command(capsys, "hif8_quantize", *features, "--json"))["request"]
+    assert {name: found[name] for name in ("granularity", "scale_mode", "scale_max", "given_amax")} == {
+        "granularity": "row",
+        "scale_mode": "pow2",
+        "scale_max": 224.0,
+        "given_amax": True,
+    }
+    assert "reduction=max" in command(capsys, "collective", "--feature", "reduction=max")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["hif8_quantize", "--feature", "granularity=column"],
+            "granularity=column: the value is one of tensor, row, channel",
+        ),
+        (
+            ["hif8_quantize", "--feature", "granularity"],
+            "--feature granularity: give it as granularity=tensor|row|channel",
+        ),
+        (
+            ["hif8_quantize", "--feature", "granularty=row"],
+            "--feature granularty (did you mean 'granularity'?): hif8_quant",
+        ),
+        (["hif8_quantize", "--feature", "scale_max=1e9"], "scale_max=1e9: the value is a number from 2^-22 to 32768"),
+        (["hif8_quantize", "--feature", "scale_max=nan"], "scale_max=nan: the value is a number from 2^-22 to 32768"),
+        (["hif8_quantize", "--feature", "scale_max=big"], "scale_max=big: the value is a number from 2^-22 to 32768"),
+        (["hif8_encode", "--feature", "saturate=yes"], "--feature saturate=yes: give it as saturate"),
+        (["hif8_decode", "--feature", "backward"], "hif8_decode knows saturate"),
+        (
+            ["quantized_linear", "--feature", "backwards"],
+            "(did you mean 'backward'?): quantized_linear knows x_granularity=tensor|row, "
+            "weight_granularity=tensor|row, bias, accumulate=fp32|fp64, backward",
+        ),
+        (
+            ["quantized_linear", "--shape", "3,4"],
+            "takes tokens, output features and input features, such as 75600,5120,5120",
+        ),
+        (["quantized_linear", "--shape", "3,x,4"], "is not a list of integers such as 75600,5120,5120"),
+    ],
+)
+def test_a_wrong_feature_or_shape_is_refused_with_the_legal_ones(capsys, words, expected):
+    assert expected in command(capsys, *words, code=2)
+
+
+def test_quantized_attention_is_explained_by_what_it_is_made_of(capsys):
+    words = ["quantized_attention", "--tokens", "9", "--kv-tokens", "7", "--heads", "2", "--feature", "backward"]
+    whole, round_trip, attention = command(capsys, *words).split("\n\n")
+    assert "composite  chosen" in whole
+    assert "that is hif8_fake_quantize of q, k and v (and of their gradients), then the backend's attention" in whole
+    assert round_trip.startswith("hif8_fake_quantize.v1  device_type=cpu dtype=bfloat16 shape=(1, 9, 2, 128)\n")
+    assert attention.startswith("attention.v1  device_type=cpu dtype=bfloat16 batch=1 q_len=9 kv_len=7 heads=2 ")
+    assert "backward=True" in attention.splitlines()[0]
+    parts = json.loads(command(capsys, *words, "--json"))["parts"]
+    assert [part["contract"] for part in parts] == ["hif8_fake_quantize", "attention"]
+    assert [part["chosen"] for part in parts] == ["reference.hif8", "reference.sdpa"]
+
+
+def test_quantized_attention_needs_all_of_its_parts(capsys):
+    """A backend without one of them fails there, not in the composition."""
+    round_trip = fake.kernel("acme.hif8", contract="hif8_fake_quantize")
+    with use_registry(Registry((fake.backend("acme", round_trip),))):
+        text = command(capsys, "quantized_attention", "--tokens", "9", code=1)
+    assert "no implementation takes this attention request" in text
+
+
+def test_a_backend_with_quantized_attention_of_its_own_is_no_composition(capsys):
+    own = fake.kernel("acme.qa", contract="quantized_attention")
+    with use_registry(Registry((fake.backend("acme", own),))):
+        text = command(capsys, "quantized_attention", "--tokens", "9")
+    assert "acme.qa    chosen" in text
+    assert "hif8_fake_quantize" not in text
