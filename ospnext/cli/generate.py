@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,12 @@ other word is the prompt. After -- everything is the prompt.
 
 A prompt file has one prompt per line, or JSONL rows with the keys prompt, negative_prompt, seed, num_frames, height,
 width and id. Video i gets the seed + i (seed_mode=per-prompt), or every prompt the same noise (seed_mode=shared); with
-the seed in the manifest a video can be made again on its own."""
+the seed in the manifest a video can be made again on its own.
+
+quant=hif8 computes linears in HiFloat8, with weights of one byte; quant_attn=hif8 sends q, k and v of attention through
+it. quant_policy.* says which layers and how; names are a list or text with commas:
+  ospnext generate "a red fox in snow" --model DIR quant=hif8 quant_policy.linears=ffn.0,ffn.2 quant_policy.blocks=2-37
+--report-quant counts what falls off either end of the format, and writes quant_report.json next to the videos."""
 
 OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name
 _SETTING = re.compile(r"([a-z_]+)(\.[a-z_]+)*=")
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep videos that are finished and make the others")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and stop")
+    parser.add_argument("--report-quant", action="store_true", help="count what HiFloat8 saturates and loses")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, only a line per video")
     parser.set_defaults(verbatim=[])
 
@@ -153,6 +160,8 @@ def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> i
 
     with chosen_backend(run.config.backend) as device:
         videos.check_checkpoint(run)
+        if args.report_quant:
+            videos.check_quant_report(run)
         if args.dry_run:
             from ospnext.generation.plan import make_plan
 
@@ -160,10 +169,13 @@ def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> i
             return 0
         run.directory.mkdir(parents=True, exist_ok=True)
         atomic.write_text(run.directory / "config.yaml", dump_yaml(to_dict(run.config)))
-        return _make_videos(run, todo, device, show_progress=sys.stderr.isatty() and not args.quiet)
+        show_progress = sys.stderr.isatty() and not args.quiet
+        return _make_videos(run, todo, device, show_progress=show_progress, report_quant=args.report_quant)
 
 
-def _make_videos(run: Run, todo: Sequence[VideoJob], device: torch.device, *, show_progress: bool) -> int:
+def _make_videos(
+    run: Run, todo: Sequence[VideoJob], device: torch.device, *, show_progress: bool, report_quant: bool
+) -> int:
     from ospnext.generation import videos
 
     finished = 0
@@ -171,13 +183,14 @@ def _make_videos(run: Run, todo: Sequence[VideoJob], device: torch.device, *, sh
         if show_progress:
             print(f"loading {run.model} for {device}", file=sys.stderr)
         pipeline = videos.load_pipeline(run, device)
-        for job in todo:
-            pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
-            entry = videos.make_video(run, job, pipeline, device)
-            finished += 1
-            size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
-            name = run.directory / job.name
-            print(f"[{finished}/{len(todo)}] {name}  {size}, seed {job.seed}, {entry['seconds']:.1f} s", flush=True)
+        with videos.quant_reported(pipeline, run.directory) if report_quant else nullcontext():
+            for job in todo:
+                pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
+                entry = videos.make_video(run, job, pipeline, device)
+                finished += 1
+                size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
+                name = run.directory / job.name
+                print(f"[{finished}/{len(todo)}] {name}  {size}, seed {job.seed}, {entry['seconds']:.1f} s", flush=True)
     except KeyboardInterrupt:
         made = f"{finished} of {len(todo)} videos were made"
         print(f"interrupted: {made}; the same command with --resume makes the rest", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ospnext.errors import ConfigError
@@ -72,11 +72,36 @@ class TransformerOverrides:
 
 
 @dataclass(frozen=True)
+class QuantPolicyConfig:
+    """What `quant` and `quant_attn` apply to, and how. Names are a list or text with commas; null is all that there is:
+    the ten linears of a block, both attentions. Which names and blocks exist is judged with the model at hand.
+    """
+
+    linears: tuple[str, ...] | str | None = None
+    attention: tuple[str, ...] | str | None = None
+    blocks: str | int = "all"
+    scale_mode: Literal["amax", "pow2"] = "amax"
+    granularity: Literal["tensor", "row"] = "tensor"
+    compat: Literal["none", "upstream_bf16"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("linears", "attention"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                object.__setattr__(self, name, tuple(word.strip() for word in given.split(",")))
+
+
+#: Keys of `quant_policy` that act on one of the two only; attention always has one scale per tensor.
+_ACTS_ON = {"linears": ("quant",), "granularity": ("quant",), "attention": ("quant_attn",)}
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Everything `ospnext generate` can be told. Either `prompt` or `prompts` (a file) is set.
 
     `seed_mode` "per-prompt" gives every video its own noise (seed + position), "shared" the same noise to every prompt.
-    `dtype` null is the checkpoint's own; `backend` null follows OSPNEXT_BACKEND.
+    `dtype` null is the checkpoint's own; `backend` null follows OSPNEXT_BACKEND. `quant` is for linears, `quant_attn`
+    for q, k and v of attention.
     """
 
     model: str | None = None
@@ -88,13 +113,22 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     backend: str | None = None
+    quant: Literal["none", "hif8"] = "none"
+    quant_attn: Literal["none", "hif8"] = "none"
     video: VideoConfig = field(default_factory=VideoConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     transformer: TransformerOverrides = field(default_factory=TransformerOverrides)
+    quant_policy: QuantPolicyConfig = field(default_factory=QuantPolicyConfig)
 
     def __post_init__(self) -> None:
         _require_range("seed", self.seed, 0, MAX_SEED)
+        for item in fields(QuantPolicyConfig):
+            users = _ACTS_ON.get(item.name, ("quant", "quant_attn"))
+            given = getattr(self.quant_policy, item.name)
+            if given != item.default and all(getattr(self, user) == "none" for user in users):
+                needed = " or ".join(f"{user}=hif8" for user in users)
+                raise ConfigError(f"quant_policy.{item.name} has no effect without {needed}; set that, or leave it out")
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:

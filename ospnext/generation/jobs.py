@@ -54,6 +54,9 @@ class Run:
             "transformer": to_dict(self.config.transformer),
             "dtype": self.config.dtype,
             "vae_dtype": self.config.vae_dtype,
+            "quant": self.config.quant,
+            "quant_attn": self.config.quant_attn,
+            "quant_policy": to_dict(self.config.quant_policy),
             "model": str(self.model.resolve()),
         }
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 
+from ospnext.generation import quant_plan
 from ospnext.generation.config import VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
+from ospnext.generation.quantization import quant_policy
 from ospnext.generation.videos import transformer_overrides
 from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
 from ospnext.models.layout import block_orders
-from ospnext.models.loading import LoadReport, inspect_checkpoint, parameter_dtype
-from ospnext.models.weights.shapes import parameter_shapes
+from ospnext.models.loading import LoadReport, inspect_checkpoint
+from ospnext.models.quantization import QuantPolicy
+from ospnext.models.weights.quantized import Quantization
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.device import Device
@@ -35,6 +38,8 @@ from ospnext.sparse import Grid, skiparse_plan
 VAE_BYTES_PER_PIXEL = 25_000
 #: `base_dim` of that autoencoder; a decode's memory is proportional to it.
 VAE_BASE_DIM = 96
+#: Weights are loaded as they are and become codes on the device: what is freed again before the first video.
+WHILE_LOADING = "weights, until they are codes"
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class SizePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Everything that stays, plus the larger of what sampling and what decoding need for a while."""
-        passing = {"activations", "VAE decode"}
+        """Everything that stays, plus the largest of what loading, sampling and decoding need for a while."""
+        passing = {WHILE_LOADING, "activations", "VAE decode"} & self.memory.keys()
         staying = sum(amount for name, amount in self.memory.items() if name not in passing)
         return staying + max(self.memory[name] for name in passing)
 
@@ -76,9 +81,12 @@ class Plan:
     free_memory: int
     rate: float
     sizes: tuple[SizePlan, ...]
+    quant: QuantPolicy | None = None
 
     def text(self) -> str:
         lines = [str(self.checkpoint), f"device    {self.device}   policy: {self.policy}"]
+        if self.quant is not None:
+            lines.append(f"quantize  {quant_plan.in_a_line(self.quant)}")
         for size in self.sizes:
             lines += ["", *_size_lines(size)]
         total = sum(size.total_tflops for size in self.sizes)
@@ -99,23 +107,29 @@ def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
     layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     report = inspect_checkpoint(layout.transformer, dtype=dtype, config_overrides=transformer_overrides(config))
+    policy = quant_policy(config)
+    quant = quant_plan.planned(report, policy)
     branches = 2 if config.sampling.guidance_scale > 1 else 1
+    weights = quant_plan.weight_bytes(report.config, report.dtype, quant)
     fixed = {
-        "transformer weights": _weight_bytes(report.config, report.dtype),
+        "transformer weights": weights,
         "text encoder": _file_bytes(layout.text_encoder),
         "VAE weights": _file_bytes(layout.vae),
         "text keys and values": branches * _text_bytes(report.config, report.dtype),
     }
+    if loaded := quant_plan.weight_bytes(report.config, report.dtype, report.quantization) - weights:
+        fixed[WHILE_LOADING] = loaded
     pixel = _vae_bytes_per_pixel(layout.vae)
     videos: dict[VideoConfig, int] = {}
     for job in todo or run.jobs:
         videos[job.video] = videos.get(job.video, 0) + 1
+    forwards = config.sampling.num_inference_steps * branches
     sizes = tuple(
-        _plan_size(video, count, report, device, config.sampling.num_inference_steps * branches, fixed, pixel)
+        _plan_size(video, count, report, device, forwards, fixed, pixel, quant, policy)
         for video, count in videos.items()
     )
     free = Device(device).free_memory()
-    return Plan(report, device, str(current_policy()), free, _matmul_rate(device, report.dtype), sizes)
+    return Plan(report, device, str(current_policy()), free, _matmul_rate(device, report.dtype), sizes, policy)
 
 
 def _plan_size(
@@ -126,6 +140,8 @@ def _plan_size(
     forwards: int,
     fixed: dict[str, int],
     vae_bytes_per_pixel: int,
+    quant: Quantization,
+    policy: QuantPolicy | None,
 ) -> SizePlan:
     config = report.config
     grid = (video.num_frames - 1) // 4 + 1, video.height // 16, video.width // 16
@@ -136,12 +152,14 @@ def _plan_size(
         count=count,
         grid=grid,
         subsequences={kind: tuple(n for n in plan.order(kind).lengths if n) for kind in sorted(kinds, reverse=True)},
-        decisions=_decisions(config, grid, report.dtype, device),
+        decisions=_decisions(config, grid, report.dtype, device)
+        | quant_plan.decisions(config, plan.tokens, report.dtype, device, quant)
+        | quant_plan.compat_decisions(policy, report.dtype, device),
         forward_tflops=forward_flops(config, grid).total / 1e12,
         forwards=forwards,
         memory={
             **fixed,
-            "activations": _activation_bytes(config, plan.tokens, report.dtype),
+            "activations": _activation_bytes(config, plan.tokens, report.dtype, quant),
             "VAE decode": vae_bytes_per_pixel * video.height * video.width,
         },
     )
@@ -169,23 +187,19 @@ def _decisions(config: TransformerConfig, grid: Grid, dtype: torch.dtype, device
     return found
 
 
-def _weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
-    return sum(math.prod(s) * parameter_dtype(name, dtype).itemsize for name, s in parameter_shapes(config).items())
-
-
 def _text_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
     return config.num_layers * 2 * config.text_len * config.dim * dtype.itemsize
 
 
-def _activation_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype) -> int:
+def _activation_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, quant: Quantization) -> int:
     """Largest set of live [N, C] tensors in a block without fusion: a norm in fp32, attention with an fp32 copy of its
-    operands, or the feed-forward.
+    operands, the feed-forward, or a quantized linear.
     """
     s, C, F = dtype.itemsize, config.dim, config.ffn_dim
     norm = C * (2 * s + 3 * 4)
     attention = C * (6 * s + 3 * 4)
     feed_forward = C * 2 * s + F * 2 * s
-    return tokens * max(norm, attention, feed_forward)
+    return tokens * max(norm, attention, feed_forward, quant_plan.activation_bytes(config, dtype, quant))
 
 
 def _vae_bytes_per_pixel(vae: Path) -> int:

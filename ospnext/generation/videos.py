@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from ospnext import atomic
 from ospnext.diffusion import FlowMatchSchedule
 from ospnext.generation.backend_choice import backend_record
 from ospnext.generation.config import SIZE_MULTIPLE, GenerateConfig, SchedulerConfig, VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
 from ospnext.generation.manifest import append_entry, sha256_of
+from ospnext.generation.quantization import quant_policy, require_fit, require_reportable
 from ospnext.models.loading import inspect_checkpoint
+from ospnext.models.quant_report import QuantReport
 from ospnext.optional import require
 from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
@@ -26,20 +32,32 @@ from ospnext.pipelines.text_to_video import OSPNextPipeline
 from ospnext.pipelines.video import to_uint8, write_mp4
 from ospnext.version import __version__
 
+REPORT_NAME = "quant_report.json"
+
 
 def check_checkpoint(run: Run) -> None:
     """Everything about the checkpoint that file names and headers tell; reads no weights.
 
     Raises:
-        CheckpointError, ConfigError: parts are missing, tensors do not fit the config, or an override is not possible.
+        CheckpointError, ConfigError: parts are missing, tensors do not fit the config, or an override or quantization
+            is not possible.
     """
     layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
-    inspect_checkpoint(layout.transformer, config_overrides=transformer_overrides(run.config))
+    report = inspect_checkpoint(layout.transformer, config_overrides=transformer_overrides(run.config))
+    require_fit(quant_policy(run.config), report)
     require("av", extra="t2v")  # else it would be missed only once the first video had been sampled
 
 
+def check_quant_report(run: Run) -> None:
+    """Before weights are read: ConfigError if there is nothing that --report-quant could count."""
+    transformer = detect_layout(run.model, ["transformer"]).transformer
+    require_reportable(quant_policy(run.config), inspect_checkpoint(transformer))
+
+
 def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
-    """The checkpoint's pipeline on `device`, with the configured dtypes, transformer overrides, schedule and solver."""
+    """The checkpoint's pipeline on `device`, with the configured dtypes, quantization, transformer overrides, schedule
+    and solver.
+    """
     config = run.config
     pipeline = OSPNextPipeline.from_pretrained(
         run.model,
@@ -48,10 +66,20 @@ def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
         device=device,
         transformer_overrides=transformer_overrides(config),
         timestep_rounding=config.transformer.timestep_rounding,
+        quant=quant_policy(config),
     )
     pipeline.schedule = configured_schedule(pipeline.schedule, config.scheduler)
     pipeline.solver = config.scheduler.solver or pipeline.solver
     return pipeline
+
+
+@contextmanager
+def quant_reported(pipeline: OSPNextPipeline, directory: Path) -> Iterator[None]:
+    """Count what HiFloat8 does to the transformer meanwhile; at the end print the table and write REPORT_NAME."""
+    with QuantReport(pipeline.transformer) as report:
+        yield
+    print(report.table())
+    atomic.write_text(directory / REPORT_NAME, json.dumps(report.as_dict(), indent=2) + "\n")
 
 
 def configured_schedule(schedule: FlowMatchSchedule, config: SchedulerConfig) -> FlowMatchSchedule:

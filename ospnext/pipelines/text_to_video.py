@@ -29,6 +29,7 @@ from ospnext.pipelines.vae import VideoAutoencoder
 
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer, TextContext
+    from ospnext.models.quantization import QuantPolicy
 
 StepCallback = Callable[["OSPNextPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
 
@@ -73,12 +74,14 @@ class OSPNextPipeline:
         vae: VideoAutoencoder | EllipsisType | None = ...,
         transformer_overrides: dict[str, Any] | None = None,
         timestep_rounding: Literal["none", "bf16"] = "none",
+        quant: QuantPolicy | None = None,
     ) -> OSPNextPipeline:
         """Load a local checkpoint in diffusers' layout or in that of an official Wan download.
 
         `dtype` is that of the transformer and the text encoder; None keeps what is stored. A part that is passed is
         not loaded; `text_encoder=None` or `vae=None` leaves it out. `transformer_overrides` changes config fields, such
-        as `{"skiparse_model_type": "full"}`. An incomplete checkpoint is a CheckpointError, never random weights.
+        as `{"skiparse_model_type": "full"}`. `quant` makes layers compute in HiFloat8, with weights that are stored as
+        codes and can no longer be trained. An incomplete checkpoint is a CheckpointError, never random weights.
         """
         parts = storage.load_parts(
             Path(path),
@@ -90,6 +93,7 @@ class OSPNextPipeline:
             vae=vae,
             transformer_overrides=transformer_overrides,
             timestep_rounding=timestep_rounding,
+            quant=quant,
         )
         return cls(**parts)
 
