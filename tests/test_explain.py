@@ -266,9 +266,9 @@ def test_quantized_attention_needs_all_of_its_parts(capsys):
     assert "no implementation takes this attention request" in text
 
 
-def test_a_backend_with_quantized_attention_of_its_own_is_no_composition(capsys):
-    own = fake.kernel("acme.qa", contract="quantized_attention")
-    with use_registry(Registry((fake.backend("acme", own),))):
+def test_a_kernel_for_a_composition_is_said_not_to_be_called(capsys):
+    kernels = [fake.kernel(f"acme.{n}", contract=n) for n in ("attention", "hif8_fake_quantize", "quantized_attention")]
+    with use_registry(Registry((fake.backend("acme", *kernels),))):
         text = command(capsys, "quantized_attention", "--tokens", "9")
-    assert "acme.qa    chosen" in text
-    assert "hif8_fake_quantize" not in text
+    assert "acme.quantized_attention  not asked" in text and "always made of others" in text
+    assert "acme.attention  chosen" in text and "acme.hif8_fake_quantize  chosen" in text

@@ -112,6 +112,8 @@ def _request(contract: Any, args: argparse.Namespace) -> Any:
     dtype, features = getattr(torch, DTYPES[args.dtype]), _features(contract, args.feature)
     if contract.family == "collective":
         return contract.request(device_type, dtype, _operation(args.operation), args.ranks, args.elements, **features)
+    if contract.by_ranks:
+        return contract.request(device_type, dtype, args.ranks)
     if contract.request is not AttentionRequest:
         return contract.request(device_type, dtype, _shape(args.shape, contract.name), **features)
     kv_tokens = args.tokens if args.kv_tokens is None else args.kv_tokens

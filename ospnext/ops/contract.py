@@ -104,6 +104,8 @@ class Contract:
     library_calls: Callable[[Mapping[str, Any]], Iterator[tuple[Any, tuple[Any, ...]]]] | None = None
     #: Definition in plain PyTorch, or in terms of other contracts: what runs where a backend declares no kernel.
     composite: Any = None
+    #: The contracts that `composite` calls, where it is made of others.
+    composed_of: tuple[str, ...] = ()
     #: Cases are run by as many processes as their request has `ranks`; inputs are `rank0`, `rank1`, ...
     by_ranks: bool = False
     #: A gradient may be the very tensor that came in, as autograd hands it on through a sum.

@@ -57,6 +57,10 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
     chosen: Implementation | None = None
     for manifest in known.ordered():
         for implementation in manifest.offers(contract.name):
+            if contract.composed_of:
+                why = "not called: this contract is always made of others"
+                candidates.append(Candidate(implementation.id, "not asked", note=why))
+                continue
             if manifest.backend != backend or (only and implementation.id != only):
                 candidates.append(_not_asked(manifest, implementation, wanted, known))
                 continue
@@ -68,17 +72,20 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
     composite = _composite(contract)
     fell_back = False
     if composite is not None:
-        declared = backend is not None and bool(known.manifests[backend].offers(contract.name))
+        offers = () if backend is None or contract.composed_of else known.manifests[backend].offers(contract.name)
+        declared = bool(offers)
         if chosen is not None:
             candidates.append(Candidate(COMPOSITE, "not asked", note="a kernel of the backend takes this request"))
         elif wanted == COMPOSITE or not declared:
             why = (
                 "asked for by name"
                 if wanted == COMPOSITE
+                else "on every backend"
+                if contract.composed_of
                 else f"{backend or 'the backends here'} declare{'s' if backend else ''} no kernel for this operator"
             )
             chosen = composite
-            candidates.append(Candidate(COMPOSITE, "chosen", note=f"plain PyTorch definition of the contract: {why}"))
+            candidates.append(Candidate(COMPOSITE, "chosen", note=f"{_what_runs(contract)}: {why}"))
         elif contract.family in policy.fallback:
             chosen, fell_back = composite, True
             candidates.append(Candidate(COMPOSITE, "chosen", note=f"fallback, allowed for {contract.family}"))
@@ -108,7 +115,8 @@ def auto_backend(device_type: str, known: Registry, contract: str = "attention")
 def _asked(contract: Contract, request: Any, wanted: str, known: Registry) -> tuple[str | None, str | None]:
     """(backend, the one implementation id if one was named)."""
     if wanted == AUTO:
-        return auto_backend(request.device_type, known, contract.name), None
+        decisive = contract.composed_of[0] if contract.composed_of else contract.name
+        return auto_backend(request.device_type, known, decisive), None
     if wanted == COMPOSITE:
         return None, None
     if wanted in known.manifests:
@@ -158,6 +166,11 @@ def _with(candidate: Candidate, status: Status) -> Candidate:
 
 def _composite(contract: Contract) -> Implementation | None:
     return None if contract.composite is None else Implementation(COMPOSITE, contract.name, target="")
+
+
+def _what_runs(contract: Contract) -> str:
+    parts = " and ".join(contract.composed_of)
+    return f"made of {parts}" if parts else "plain PyTorch definition of the contract"
 
 
 def _how_to_allow(contract: Contract) -> str:

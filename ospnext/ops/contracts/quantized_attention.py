@@ -118,6 +118,7 @@ CONTRACT = quantize_contract(
     MEANING,
     AttentionRequest,
     composite=Definition(),
+    composed_of=("attention", "hif8_fake_quantize"),
     inputs=_inputs,
     oracle=_oracle,
     yardstick=_yardstick,

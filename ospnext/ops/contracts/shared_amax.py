@@ -87,6 +87,7 @@ CONTRACT = quantize_contract(
     MEANING,
     SharedAmaxRequest,
     composite=Definition(),
+    composed_of=("hif8_fake_quantize", "collective"),
     by_ranks=True,
     inputs=_inputs,
     oracle=_oracle,
