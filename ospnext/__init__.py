@@ -11,18 +11,28 @@ from typing import TYPE_CHECKING, Any
 from ospnext.version import __version__
 
 if TYPE_CHECKING:
-    from ospnext.models import OSPNextTransformer, TransformerConfig
+    from ospnext.models import OSPNextTransformer, QuantPolicy, TransformerConfig, quantize_model
     from ospnext.ops import use_backend
     from ospnext.pipelines import OSPNextPipeline
 
 _WHERE = {
     "OSPNextPipeline": "ospnext.pipelines",
     "OSPNextTransformer": "ospnext.models",
+    "QuantPolicy": "ospnext.models",
     "TransformerConfig": "ospnext.models",
+    "quantize_model": "ospnext.models",
     "use_backend": "ospnext.ops",
 }
 
-__all__ = ["OSPNextPipeline", "OSPNextTransformer", "TransformerConfig", "__version__", "use_backend"]
+__all__ = [
+    "OSPNextPipeline",
+    "OSPNextTransformer",
+    "QuantPolicy",
+    "TransformerConfig",
+    "__version__",
+    "quantize_model",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from ospnext.config import checked, parse_overrides
 from ospnext.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ospnext.models.quantization import QuantPolicy
+    from ospnext.models.quant_policy import QuantPolicy
 
 HELP = """Rewrite a transformer checkpoint: official Wan or diffusers names, another dtype, other shard sizes. Reads
 folders and files of either naming, safetensors or .pth, one shard in memory at a time.
@@ -82,7 +82,7 @@ def quant_policy(args: argparse.Namespace) -> QuantPolicy | None:
             option = f"--quant-{next(iter(given)).replace('_', '-')}"
             raise ConfigError(f"{option} says how to quantize, but nothing says to: add --quant hif8, or leave it out")
         return None
-    from ospnext.models.quantization import QuantPolicy
+    from ospnext.models.quant_policy import QuantPolicy
     from ospnext.ops import HiF8Recipe
 
     recipe = HiF8Recipe(**{name: given.pop(name) for name in ("granularity", "scale_mode") if name in given})

@@ -19,7 +19,7 @@ from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
 from ospnext.models.layout import block_orders
 from ospnext.models.loading import LoadReport, inspect_checkpoint
-from ospnext.models.quantization import QuantPolicy
+from ospnext.models.quant_policy import QuantPolicy
 from ospnext.models.weights.quantized import Quantization
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest

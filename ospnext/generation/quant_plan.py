@@ -8,7 +8,7 @@ import torch
 
 from ospnext.models.config import TransformerConfig
 from ospnext.models.loading import LoadReport, parameter_dtype
-from ospnext.models.quantization import LINEARS, QuantPolicy
+from ospnext.models.quant_policy import LINEARS, QuantPolicy
 from ospnext.models.weights.quantized import Quantization
 from ospnext.models.weights.shapes import parameter_shapes
 from ospnext.ops import HiF8Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ospnext.errors import ConfigError
 from ospnext.generation.config import GenerateConfig
 from ospnext.models.loading import LoadReport
-from ospnext.models.quantization import ATTENTIONS, LINEARS, QuantPolicy
+from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantPolicy
 from ospnext.ops import HiF8Recipe
 
 

@@ -2,14 +2,17 @@
 
 from ospnext.models.config import PRESETS, TransformerConfig, preset
 from ospnext.models.loading import load_transformer, save_transformer
+from ospnext.models.quantization import QuantPolicy, quantize_model
 from ospnext.models.transformer import OSPNextTransformer, TextContext
 
 __all__ = [
     "PRESETS",
     "OSPNextTransformer",
+    "QuantPolicy",
     "TextContext",
     "TransformerConfig",
     "load_transformer",
     "preset",
+    "quantize_model",
     "save_transformer",
 ]

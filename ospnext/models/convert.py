@@ -13,7 +13,7 @@ import torch
 from ospnext.errors import ConfigError
 from ospnext.models.hif8_linear import quantized_weight
 from ospnext.models.loading import DEFAULT_SHARD_SIZE, LoadReport, check_checkpoint, in_naming, parameter_dtype
-from ospnext.models.quantization import LINEARS, QuantPolicy
+from ospnext.models.quant_policy import LINEARS, QuantPolicy
 from ospnext.models.weights.check import STORED_DTYPES
 from ospnext.models.weights.config_files import config_json
 from ospnext.models.weights.keymaps import Naming

@@ -1,103 +1,19 @@
-"""Which layers of a transformer compute in HiFloat8: a policy, and the one call that converts a model by it."""
+"""The one call that makes a transformer compute in HiFloat8 where a policy says so."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Literal, cast, get_args
+from typing import cast
 
 from torch import nn
 
 from ospnext.errors import ConfigError
 from ospnext.models.attend import Attend
 from ospnext.models.hif8_linear import HiF8Linear, StoredHiF8Linear
+from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantPolicy
 from ospnext.models.transformer import OSPNextTransformer
 from ospnext.models.upstream_bf16 import RoundTrip, UpstreamBf16Linear
-from ospnext.ops import HiF8Recipe
 
-#: The linears of a block, by their names in it. Embeddings, head, norms and modulation are never quantized.
-LINEARS = (
-    *(f"self_attn.{name}" for name in "qkvo"),
-    *(f"cross_attn.{name}" for name in "qkvo"),
-    "ffn.0",
-    "ffn.2",
-)
-ATTENTIONS = ("self_attn", "cross_attn")
-
-Quant = Literal["none", "hif8"]
-Compat = Literal["none", "upstream_bf16"]
-
-
-@dataclass(frozen=True)
-class QuantPolicy:
-    """What is quantized, and how.
-
-    Args:
-        quant: "hif8" quantizes linears.
-        quant_attn: "hif8" quantizes q, k and v of attention.
-        linears: which linears of a block, of `LINEARS`.
-        attention: which attention, of `ATTENTIONS`.
-        blocks: which blocks: "all", or numbers and ranges from 0, such as "2-37" or "0,4-9".
-        recipe: scales and sums.
-        compat: "upstream_bf16" computes scales as the training code of the released weights does, for comparisons with
-            it only: never faster, less exact, in no contract. Of the recipe it knows scale_max and grad_scale_max.
-    """
-
-    quant: Quant = "none"
-    quant_attn: Quant = "none"
-    linears: tuple[str, ...] = LINEARS
-    attention: tuple[str, ...] = ATTENTIONS
-    blocks: str = "all"
-    recipe: HiF8Recipe = field(default_factory=HiF8Recipe)
-    compat: Compat = "none"
-
-    def __post_init__(self) -> None:
-        for name, legal in (("quant", Quant), ("quant_attn", Quant), ("compat", Compat)):
-            choices = get_args(legal)
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for name, known in (("linears", LINEARS), ("attention", ATTENTIONS)):
-            unknown = [word for word in getattr(self, name) if word not in known]
-            if unknown:
-                raise ConfigError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}")
-        if self.blocks != "all" and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.blocks):
-            raise ConfigError(f"blocks must be 'all' or numbers and ranges such as 2-37 or 0,4-9; got {self.blocks!r}")
-        if self.compat != "none":
-            for name, default in ((f.name, f.default) for f in fields(HiF8Recipe)):
-                if name not in ("scale_max", "grad_scale_max") and getattr(self.recipe, name) != default:
-                    raise ConfigError(
-                        f"compat={self.compat!r} has no {name}={getattr(self.recipe, name)!r}: only {default!r}"
-                    )
-
-    def block_numbers(self, num_layers: int) -> list[int]:
-        """The blocks that are quantized, of `num_layers`.
-
-        Raises:
-            ConfigError: there is no such block.
-        """
-        if self.blocks == "all":
-            return list(range(num_layers))
-        chosen: set[int] = set()
-        for word in self.blocks.split(","):
-            first, _, last = word.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            if not numbers or numbers[-1] >= num_layers:
-                raise ConfigError(f"blocks {word!r}: the model has blocks 0 to {num_layers - 1}")
-            chosen |= set(numbers)
-        return sorted(chosen)
-
-    def linear_names(self, num_layers: int) -> Iterator[str]:
-        """Names in the model, such as "blocks.3.ffn.0", of the linears that are quantized."""
-        if self.quant == "hif8":
-            for number in self.block_numbers(num_layers):
-                yield from (f"blocks.{number}.{name}" for name in LINEARS if name in self.linears)
-
-    def attention_names(self, num_layers: int) -> Iterator[str]:
-        """Names of the attentions whose q, k and v are quantized."""
-        if self.quant_attn == "hif8":
-            for number in self.block_numbers(num_layers):
-                yield from (f"blocks.{number}.{name}" for name in ATTENTIONS if name in self.attention)
+__all__ = ["ATTENTIONS", "LINEARS", "QuantPolicy", "quantize_model"]
 
 
 def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: bool = False) -> OSPNextTransformer:

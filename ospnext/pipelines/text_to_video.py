@@ -29,7 +29,7 @@ from ospnext.pipelines.vae import VideoAutoencoder
 
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer, TextContext
-    from ospnext.models.quantization import QuantPolicy
+    from ospnext.models.quant_policy import QuantPolicy
 
 StepCallback = Callable[["OSPNextPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
 

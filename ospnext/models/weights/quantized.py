@@ -11,7 +11,7 @@ import torch
 
 from ospnext.config import resolve, to_dict
 from ospnext.errors import CheckpointError, ConfigError
-from ospnext.models.quantization import ATTENTIONS, LINEARS, QuantPolicy
+from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantPolicy
 from ospnext.models.weights.checkpoint_files import CONFIG_NAME, Checkpoint, StoredTensor
 from ospnext.models.weights.keymaps import KeyMap
 from ospnext.models.weights.shapes import Shape
