@@ -12,10 +12,10 @@ import torch
 from small_models import SMALL, dense, random_inputs, random_model, sparse
 from torch.utils.flop_counter import FlopCounterMode
 
-from ospnext import ops
 from ospnext.conformance import oracle_sparse
 from ospnext.errors import ConfigError
 from ospnext.models import PRESETS, OSPNextTransformer, TransformerConfig, preset
+from ospnext.models.attend import Attend
 from ospnext.models.config import block_layout
 from ospnext.models.flops import attention_pairs, forward_flops
 
@@ -243,16 +243,17 @@ def plain_attention(q, k, v):
     return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def attend_in_pieces(pieces, q, k, v):
+def attend_in_pieces(attend, q, k, v, pieces=None):
     """Dense attention on one piece after the other: a sample has as many as there are lengths."""
+    if pieces is None:
+        return plain_attention(q, k, v)
     parts = (x.split(pieces.lengths, dim=1) for x in (q, k, v))
     return torch.cat([plain_attention(*part) for part in zip(*parts, strict=True)], dim=1)
 
 
 @pytest.fixture
 def visible_attention(monkeypatch):
-    monkeypatch.setattr(ops, "attention", plain_attention)
-    monkeypatch.setattr("ospnext.models.layout.Subsequences.attend", attend_in_pieces)
+    monkeypatch.setattr(Attend, "forward", attend_in_pieces)
 
 
 def counted(run) -> int:
@@ -274,9 +275,10 @@ def test_operations_are_those_pytorch_counts(config, grid, visible_attention):
     context = model.encode_text(inputs[2])
     assert counted(lambda: model(*inputs[:2], context)) == flops.total - flops.text - text_mlp
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "attention", lambda q, k, v: q)
+        seen = attend_in_pieces
+        patch.setattr(Attend, "forward", lambda _, q, k, v, pieces=None: seen(_, q, k, v, pieces) if pieces else q)
         assert counted(lambda: model(*inputs)) == flops.total - flops.cross
-        patch.setattr("ospnext.models.layout.Subsequences.attend", lambda pieces, q, k, v: q)
+        patch.setattr(Attend, "forward", lambda _, q, k, v, pieces=None: q)
         assert counted(lambda: model(*inputs)) == flops.total - flops.cross - flops.attention
 
 
