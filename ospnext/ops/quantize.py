@@ -4,6 +4,7 @@ meaning is in contracts/hif8_cast.py and contracts/quantize.py.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -120,8 +121,9 @@ def hif8_fake_quantize(
 
 # ---- amax of several ranks
 
-#: By name: what the ops take for a process group, since an argument of an op can be text.
-_groups: dict[str, ProcessGroup] = {}
+#: By name: what the ops take for a process group, since an argument of an op can be text. Weak, since a group that
+#: outlives its destruction aborts the process at its end.
+_groups: weakref.WeakValueDictionary[str, ProcessGroup] = weakref.WeakValueDictionary()
 
 
 def remember_group(group: ProcessGroup | None) -> str:
