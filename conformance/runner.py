@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,12 +81,6 @@ def decide(contract: Contract, request: object, backend: str, device: torch.devi
     return select(contract, on_device(request, device), Policy(backend), registry())
 
 
-def run(steps: Iterable[Step], backend: str, device: torch.device) -> Iterator[Result]:
-    """The result of every step, as it comes."""
-    for step in steps:
-        yield run_step(step, backend, device)
-
-
 def run_step(step: Step, backend: str, device: torch.device) -> Result:
     """Run one step; whatever it raises becomes its result."""
     check = step.check
@@ -104,6 +98,23 @@ def run_step(step: Step, backend: str, device: torch.device) -> Result:
     except Exception:
         result = replace(result, status="error", message=_tail(traceback.format_exc()))
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def not_run(step: Step, lost: str) -> Result:
+    """The result of a step that comes after a call which lost the device: nothing can be judged any more."""
+    message = f"not run: the device was lost in {lost}; run the rest with --case or --shard"
+    return Result(step.check.id, step.check.level, "error", step.implementation, step.chosen, message)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device takes no work any more, as after a read from an address that does not exist."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:
+        return True
+    return False
 
 
 def _refused(result: Result, decision: Decision) -> Result:

@@ -68,6 +68,8 @@ class Session:
         self.steps: list[Step] = runner.plan(chosen, backend, self.device)
         self.asked: dict[str, Any] = {"levels": list(levels), "patterns": list(patterns), "shard": list(shard)}
         self.results: list[Result] = []
+        #: The step after which the device took no more work.
+        self._lost = ""
         self._waivers: list[Waiver] = [*read_waivers(SHIPPED_WAIVERS), *(read_waivers(waivers) if waivers else [])]
         self._decisions, self._started = report.Decisions(), datetime.datetime.now(datetime.UTC)
         self._name = "report" if shard == (1, 1) else f"report-{shard[0]}-of-{shard[1]}"
@@ -86,8 +88,13 @@ class Session:
 
     def run_step(self, step: Step) -> Result:
         """Run one step and keep its result; until then the journal ends with the step's name."""
+        if self._lost:
+            return self.record(step, runner.not_run(step, self._lost))
         self._note({"id": step.label, "status": "started"})
-        return self.record(step, runner.run_step(step, self.backend, self.device))
+        result = runner.run_step(step, self.backend, self.device)
+        if result.status == "error" and runner.is_lost(self.device):
+            self._lost = step.label
+        return self.record(step, result)
 
     def record(self, step: Step, result: Result) -> Result:
         """Keep a result; it is on disk at once, so that a crash of the next kernel does not lose it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_the_summary_names_what_failed_and_ends_with_one_line(small):
     assert lines[:3] == [f"FAIL   {labels(made)[0]}", "         out is 7 times its bound", "PROBLEM  a stale waiver"]
     assert ": 16 pass, 1 fail, " in lines[-1]
     assert "**does not conform** (16 pass, 1 fail)" in render.markdown(made)
+
+
+def test_after_a_lost_device_nothing_is_judged(monkeypatch):
+    """A kernel that reads astray takes every later call with it: one check is to blame, and the report names it."""
+    session = Session("reference", patterns=[SMALL])
+    real = runner.run_step
+
+    def run_step(step, *rest):
+        result = real(step, *rest)
+        return dataclasses.replace(result, status="error") if step is session.steps[1] else result
+
+    monkeypatch.setattr(runner, "run_step", run_step)
+    monkeypatch.setattr(runner, "is_lost", lambda device: True)
+    results = [result for _, result in session.run()]
+    assert [r.status for r in results[:3]] == ["pass", "error", "error"]
+    assert all(f"the device was lost in {session.steps[1].label}" in r.message for r in results[2:])
+    assert len(results) == len(session.steps) > 3
 
 
 def test_a_crash_leaves_a_journal_that_names_the_check(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Attention on NVIDIA GPUs: one file per library, each an implementation of its own."""
