@@ -291,7 +291,7 @@ class BiasDropped(Linear):
 class SumsInBf16(Linear):
     """Sums of 64 products are rounded to bf16 before they are added."""
 
-    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, accumulate):
+    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, **_):
         total = torch.zeros(())
         for x, w in zip(x_codes.split(64, -1), weight_codes.split(64, -1), strict=True):
             part = super().forward(x, torch.ones_like(x_scale), w, torch.ones_like(weight_scale), None, **_FP32)
@@ -335,8 +335,8 @@ class NanInWeightsLost(Linear):
 class NeverFp64(Linear):
     """Sums in fp32 where fp64 was asked for."""
 
-    def forward(self, *args, dtype, accumulate):
-        return super().forward(*args, dtype=dtype, accumulate="fp32")
+    def forward(self, *args, **how):
+        return super().forward(*args, **how | {"accumulate": "fp32"})
 
 
 class GradientNotScaled(Linear):
@@ -367,8 +367,8 @@ class BiasGradientNotScaled(Linear):
 class WeightGradientInTheDtypeOfX(Linear):
     """dweight is bf16 where the weight is fp32."""
 
-    def backward(self, *args, dtypes, accumulate):
-        return super().backward(*args, dtypes=(dtypes[0], dtypes[0], dtypes[2]), accumulate=accumulate)
+    def backward(self, *args, dtypes, **how):
+        return super().backward(*args, dtypes=(dtypes[0], dtypes[0], dtypes[2]), **how)
 
 
 class CodesWritten(Linear):
@@ -380,4 +380,4 @@ class CodesWritten(Linear):
         return y
 
 
-_FP32 = {"dtype": torch.float32, "accumulate": "fp32"}
+_FP32 = {"dtype": torch.float32, "accumulate": "fp32", "scale_max": 15.0}

@@ -7,6 +7,9 @@ from ospnext.ops.registry import Implementation, Manifest, Refusal
 _HERE = "ospnext.backends.cuda"
 _REFERENCE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
+_LINEAR = frozenset(
+    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+)
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 _PLAIN = "plain PyTorch operators on the device: exact, not fast"
 
@@ -15,6 +18,8 @@ _FLASH_REFUSALS = (
     Refusal("head_dim", {"head_dim": 20}),
     Refusal("length", {"kv_len": 0}),
 )
+
+_TRITON_REFUSALS = (Refusal("dtype", {"dtype": torch.float64}), Refusal("granularity", {"granularity": "channel"}))
 
 MANIFEST = Manifest(
     backend="cuda",
@@ -61,6 +66,18 @@ MANIFEST = Manifest(
             note="the formula of the reference in fp32: takes what no kernel does",
         ),
         Implementation(
+            "cuda.nccl",
+            "collective",
+            f"{_HERE}.collective:nccl",
+            supports=f"{_HERE}.predicates:nccl",
+            handles=frozenset({"uneven", "reduction"}),
+            refusals=(
+                Refusal("ranks", {"ranks": 2}, device={"count": 1}),
+                Refusal("dtype", {"dtype": torch.float8_e4m3fn}),
+            ),
+            note="NCCL, a GPU for each rank",
+        ),
+        Implementation(
             "cuda.host",
             "collective",
             f"{_REFERENCE}.collective:gloo",
@@ -73,15 +90,67 @@ MANIFEST = Manifest(
             "cuda.torch", "hif8_encode", f"{_REFERENCE}.quantize:encode", handles=frozenset({"saturate"}), note=_PLAIN
         ),
         Implementation("cuda.torch", "hif8_decode", f"{_REFERENCE}.quantize:decode", note=_PLAIN),
+        Implementation(
+            "cuda.triton",
+            "hif8_quantize",
+            f"{_HERE}.quantize:quantize",
+            supports=f"{_HERE}.predicates:triton_quantize",
+            handles=_SCALED,
+            requires=("triton",),
+            refusals=_TRITON_REFUSALS,
+            note="codes in one pass after amax",
+        ),
         Implementation("cuda.torch", "hif8_quantize", f"{_REFERENCE}.quantize:quantize", handles=_SCALED, note=_PLAIN),
         Implementation(
+            "cuda.triton",
+            "hif8_fake_quantize",
+            f"{_HERE}.quantize:fake_quantize",
+            supports=f"{_HERE}.predicates:triton_quantize",
+            handles=_SCALED,
+            requires=("triton",),
+            refusals=_TRITON_REFUSALS,
+            note="values in one pass after amax",
+        ),
+        Implementation(
             "cuda.torch", "hif8_fake_quantize", f"{_REFERENCE}.quantize:fake_quantize", handles=_SCALED, note=_PLAIN
+        ),
+        Implementation(
+            "cuda.fp8_carrier",
+            "quantized_linear",
+            f"{_HERE}.quantized_linear:fp8_carrier",
+            supports=f"{_HERE}.predicates:fp8_carrier",
+            handles=_LINEAR,
+            requires=("triton",),
+            refusals=(
+                Refusal("capability", device={"capability": (8, 0)}),
+                Refusal("dtype", {"dtype": torch.float32}),
+                Refusal("alignment", {"shape": (8, 96, 100)}),
+                Refusal("scale_max", {"scale_max": 512.0}),
+                Refusal("grad_scale_max", {"grad_scale_max": 512.0}),
+                Refusal("granularity", {"x_granularity": "row"}),
+                Refusal("accumulate", {"accumulate": "fp64"}),
+            ),
+            note="emulates HiF8 on FP8 tensor cores; operands exact from 2^-12 of 15, sums with fewer bits than fp32",
+        ),
+        Implementation(
+            "cuda.bf16_grid",
+            "quantized_linear",
+            f"{_HERE}.quantized_linear:bf16_grid",
+            supports=f"{_HERE}.predicates:bf16_grid",
+            handles=_LINEAR,
+            requires=("triton",),
+            refusals=(
+                Refusal("accumulate", {"accumulate": "fp64"}),
+                Refusal("dtype", {"dtype": torch.float64}),
+                Refusal("size", {"shape": (0, 96, 112)}),
+            ),
+            note="emulates HiF8 on bf16 tensor cores; operands exact, sums in fp32",
         ),
         Implementation(
             "cuda.torch",
             "quantized_linear",
             f"{_REFERENCE}.quantized_linear:linear",
-            handles=frozenset({"x_granularity", "weight_granularity", "bias", "accumulate", "backward"}),
+            handles=_LINEAR,
             note=_PLAIN,
         ),
     ),

@@ -6,6 +6,9 @@ from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, Refusal
 
 _HERE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
+_LINEAR = frozenset(
+    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+)
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 _EXACT = "exact, from the definition of the format"
 
@@ -59,7 +62,7 @@ MANIFEST = Manifest(
             "reference.hif8",
             "quantized_linear",
             f"{_HERE}.quantized_linear:linear",
-            handles=frozenset({"x_granularity", "weight_granularity", "bias", "accumulate", "backward"}),
+            handles=_LINEAR,
             note="values of the grid in fp32, so that every product is exact",
         ),
     ),

@@ -22,6 +22,7 @@ class QuantizedLinear:
         *,
         dtype: torch.dtype,
         accumulate: Accumulate,
+        scale_max: float,
     ) -> Tensor:
         wide = _wide(accumulate, dtype)
         y = (hif8.decode(x_codes, wide) @ hif8.decode(weight_codes, wide).T) * x_scale * weight_scale.T.squeeze(0)
@@ -38,6 +39,8 @@ class QuantizedLinear:
         *,
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
         accumulate: Accumulate,
+        scale_max: float,
+        grad_scale_max: float,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         of_x, of_weight, of_bias = dtypes
         wide = _wide(accumulate, *dtypes)

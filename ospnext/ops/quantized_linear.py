@@ -33,8 +33,9 @@ class QuantizedLinearKernel(Protocol):
         *,
         dtype: torch.dtype,
         accumulate: Accumulate,
+        scale_max: float,
     ) -> Tensor:
-        """[..., N] in `dtype`."""
+        """[..., N] in `dtype`. Decoded codes are at most `scale_max` in magnitude, or not finite."""
 
     def backward(
         self,
@@ -47,6 +48,8 @@ class QuantizedLinearKernel(Protocol):
         *,
         dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
         accumulate: Accumulate,
+        scale_max: float,
+        grad_scale_max: float,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight and bias in these dtypes; None where no gradient is asked for. All scales are per
         tensor, but that of a factor no gradient is multiplied with.
@@ -96,6 +99,7 @@ def quantized_linear(
         *codes,
         bias,
         recipe.accumulate,
+        recipe.scale_max,
         recipe.grad_scale_max,
         recipe.scale_mode,
         recipe.bias_grad,
@@ -119,14 +123,17 @@ def _kernel_for(
     bias: Tensor | None,
     dtype: torch.dtype,
     accumulate: Accumulate,
-    backward: bool,
+    scale_max: float,
+    grad_scale_max: float | None,
 ) -> QuantizedLinearKernel:
+    """`grad_scale_max` is None for the forward pass."""
     tensors = (x_codes, x_scale, weight_codes, weight_scale, bias)
     signature = (
         *(None if t is None else (t.shape, t.dtype, t.device) for t in tensors),
         dtype,
         accumulate,
-        backward,
+        scale_max,
+        grad_scale_max,
     )
     kernel = _decided.get(signature)
     if kernel is None:
@@ -140,7 +147,9 @@ def _kernel_for(
             weight_granularity="tensor" if weight_scale.numel() == 1 else "row",
             bias=bias is not None,
             accumulate="fp64" if dtype == torch.float64 else accumulate,
-            backward=backward,
+            scale_max=scale_max,
+            grad_scale_max=224.0 if grad_scale_max is None else grad_scale_max,
+            backward=grad_scale_max is not None,
         )
         kernel = _decided.decide(signature, request)
     return kernel
@@ -166,12 +175,14 @@ def _check(x_codes: Tensor, x_scale: Tensor, weight_codes: Tensor, weight_scale:
         raise ValueError(f"quantized_linear: all tensors must be on one device; got {', '.join(sorted(devices))}")
 
 
-def _forward(x, x_codes, x_scale, weight, weight_codes, weight_scale, bias, accumulate, *of_gradient) -> Tensor:
+def _forward(
+    x, x_codes, x_scale, weight, weight_codes, weight_scale, bias, accumulate, scale_max, *of_gradient
+) -> Tensor:
     if x.shape != x_codes.shape:
         raise ValueError(f"quantized_linear: x is {tuple(x.shape)}, x_quantized holds {tuple(x_codes.shape)}")
     operands = (x_codes, x_scale, weight_codes, weight_scale, bias)
-    kernel = _kernel_for(*operands, x.dtype, accumulate, False)
-    return kernel.forward(*operands, dtype=x.dtype, accumulate=accumulate)
+    kernel = _kernel_for(*operands, x.dtype, accumulate, scale_max, None)
+    return kernel.forward(*operands, dtype=x.dtype, accumulate=accumulate, scale_max=scale_max)
 
 
 def _forward_fake(x, x_codes, x_scale, weight, weight_codes, *rest) -> Tensor:
@@ -179,7 +190,7 @@ def _forward_fake(x, x_codes, x_scale, weight, weight_codes, *rest) -> Tensor:
 
 
 def _backward(
-    grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, dx, dweight, dbias, accumulate
+    grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, dx, dweight, dbias, accumulate, *scales
 ) -> list[Tensor]:
     if dx is not None and weight_scale.numel() != 1:
         raise ValueError(f"quantized_linear: {_NOT_CONTRACTED.format(what='gradient of x')}")
@@ -188,13 +199,14 @@ def _backward(
     dtypes = (dx, dweight, dbias)
     operands = (x_codes, x_scale, weight_codes, weight_scale)
     request_dtype = next(d for d in dtypes if d is not None)
-    kernel = _kernel_for(*operands, None, request_dtype, accumulate, True)
-    grads = kernel.backward(grad_codes, grad_scale, *operands, dtypes=dtypes, accumulate=accumulate)
+    kernel = _kernel_for(*operands, None, request_dtype, accumulate, *scales)
+    named = dict(zip(("scale_max", "grad_scale_max"), scales, strict=True))
+    grads = kernel.backward(grad_codes, grad_scale, *operands, dtypes=dtypes, accumulate=accumulate, **named)
     return [grad_scale.new_empty(0) if g is None else g for g in grads]
 
 
 def _backward_fake(
-    grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, dx, dweight, dbias, accumulate
+    grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, dx, dweight, dbias, *settings
 ) -> list[Tensor]:
     shapes = ((dx, x_codes.shape), (dweight, weight_codes.shape), (dbias, weight_codes.shape[:1]))
     return [grad_scale.new_empty((0,) if d is None else shape, dtype=d) for d, shape in shapes]
@@ -208,7 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    accumulate, grad_scale_max, scale_mode, bias_grad, group = ctx.settings
+    accumulate, scale_max, grad_scale_max, scale_mode, bias_grad, group = ctx.settings
     of_x, _, _, of_weight, _, _, of_bias, *_ = ctx.needs_input_grad
     asked = (of_x, of_weight, of_bias and bias_grad == "quant")
     dtypes = [d if needed else None for d, needed in zip(ctx.dtypes, asked, strict=True)]
@@ -216,18 +228,18 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if any(asked):
         amax = amax_op(grad, "tensor", group) if group else None
         codes, scale = quantize_op(grad, amax, grad_scale_max, scale_mode, "tensor")
-        found = _backward_op(codes, scale, *ctx.saved_tensors, *dtypes, accumulate)
+        found = _backward_op(codes, scale, *ctx.saved_tensors, *dtypes, accumulate, scale_max, grad_scale_max)
         dx, dweight, dbias = (g if d is not None else None for g, d in zip(found, dtypes, strict=True))
     if of_bias and bias_grad == "raw":
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(ctx.dtypes[2])
-    return (dx, None, None, dweight, None, None, dbias, *(None,) * 5)
+    return (dx, None, None, dweight, None, None, dbias, *(None,) * 6)
 
 
 _backward_op = define(
     "quantized_linear_backward",
     "Tensor grad_codes, Tensor grad_scale, Tensor x_codes, Tensor x_scale, Tensor weight_codes, Tensor weight_scale, "
-    "ScalarType? dx, ScalarType? dweight, ScalarType? dbias, str accumulate",
+    "ScalarType? dx, ScalarType? dweight, ScalarType? dbias, str accumulate, float scale_max, float grad_scale_max",
     "Tensor[]",
     kernel=_backward,
     fake=_backward_fake,
@@ -235,7 +247,7 @@ _backward_op = define(
 _op = define(
     "quantized_linear",
     "Tensor x, Tensor x_codes, Tensor x_scale, Tensor? weight, Tensor weight_codes, Tensor weight_scale, Tensor? bias, "
-    "str accumulate, float grad_scale_max, str scale_mode, str bias_grad, str group",
+    "str accumulate, float scale_max, float grad_scale_max, str scale_mode, str bias_grad, str group",
     "Tensor",
     kernel=_forward,
     fake=_forward_fake,

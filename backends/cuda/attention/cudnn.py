@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from .masked import without_zero
 from .operands import aligned
 
 
@@ -17,6 +18,7 @@ class Cudnn:
     """Dense calls as they are; of packed ones a call per sequence, which pays where sequences are few and long."""
 
     def forward(self, q, k, v, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, need_lse):
+        q, scale = without_zero(q, scale)
         q, k, v = (aligned(t) for t in (q, k, v))
         if cu_seqlens_q is None:
             out, lse = _dense(q, k, v, scale, need_lse)

@@ -21,6 +21,7 @@ class Packs:
         raise NotImplementedError
 
     def forward(self, q, k, v, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, need_lse):
+        q, scale = without_zero(q, scale)
         if key_mask is None:
             longest = (max_seqlen_q, max_seqlen_kv)
             return self.attend(q, k, v, cu_seqlens_q, cu_seqlens_kv, longest, scale, need_lse)
@@ -31,6 +32,11 @@ class Packs:
     def backward(
         self, grad_out, q, k, v, out, lse, *, key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale
     ):
+        if scale == 0:  # the logits do not depend on q and k
+            rest = {"key_mask": key_mask, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+            rest |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_kv, "scale": 1.0}
+            dv = self.backward(grad_out, torch.zeros_like(q), k, v, out, lse, **rest)[2]
+            return torch.zeros_like(q), torch.zeros_like(k), dv
         if key_mask is None:
             longest = (max_seqlen_q, max_seqlen_kv)
             return self.gradients(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, longest, scale)
@@ -42,6 +48,11 @@ class Packs:
         dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
         dk[key_mask], dv[key_mask] = dk_packed, dv_packed
         return dq.view(q.shape), dk, dv
+
+
+def without_zero(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same logits, and no scale of 0: kernels divide by it or multiply it with infinity."""
+    return (torch.zeros_like(q), 1.0) if scale == 0 else (q, scale)
 
 
 def _cumulative(q: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Longest]:

@@ -31,7 +31,9 @@ Backward    g = hif8_quantize(dy, scale_max=grad_scale_max), once, serves all: d
             their scales, and dbias = sum of g ("quant") or of dy ("raw"), in the dtypes of x, weight and bias.
             Quantizers pass gradients straight through; scales are constants. A scale inside the sum of a gradient is
             refused.
-Saved       codes and scales."""
+Saved       codes and scales.
+Range       Decoded codes of x and weight are at most scale_max in magnitude, of the gradient grad_scale_max, as
+            quantizers make them. An implementation may give NaN for larger ones, and for Inf."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class QuantizedLinearRequest:
     weight_granularity: LinearGranularity = "tensor"
     bias: bool = False
     accumulate: Accumulate = "fp32"
+    scale_max: float = 15.0
+    grad_scale_max: float = 224.0
     backward: bool = False
 
 
@@ -185,15 +189,18 @@ def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, .
     of_x = quantized(x, recipe.scale_max)
     stored = "weight_scale" in named
     of_weight = (weight, named["weight_scale"]) if stored else quantized(weight, recipe.scale_max)
-    of_gradient = (recipe.grad_scale_max, recipe.scale_mode, recipe.bias_grad, "")
+    scales = (recipe.scale_max, recipe.grad_scale_max)
     yield (
         op("quantized_linear"),
-        (leaf(x), *of_x, leaf(weight), *of_weight, leaf(bias), recipe.accumulate, *of_gradient),
+        (
+            *(leaf(x), *of_x, leaf(weight), *of_weight, leaf(bias)),
+            *(recipe.accumulate, *scales, recipe.scale_mode, recipe.bias_grad, ""),
+        ),
     )
     if with_gradient:
         dtypes = (x.dtype, weight.dtype, bias.dtype)
         of_grad = quantized(named["grad_out"], recipe.grad_scale_max)
-        yield op("quantized_linear_backward"), (*of_grad, *of_x, *of_weight, *dtypes, recipe.accumulate)
+        yield op("quantized_linear_backward"), (*of_grad, *of_x, *of_weight, *dtypes, recipe.accumulate, *scales)
 
 
 # ---- cases
@@ -226,6 +233,8 @@ def _case(
         weight_granularity=options.get("weight_granularity", recipe.granularity),
         bias=bias,
         accumulate=recipe.accumulate,
+        scale_max=recipe.scale_max,
+        grad_scale_max=recipe.grad_scale_max,
         backward=backward,
     )
     options |= {"recipe": recipe, "tokens": tokens}
@@ -245,6 +254,12 @@ def _cases() -> Iterator[Case]:
         yield _case("stored-backward", tag, stored=True, backward=True)
         yield _case("row", tag, recipe=PER_ROW, crossed=True)
         yield _case("stored-row", tag, recipe=PER_ROW, stored=True)
+        # Sizes that tensor cores take as they are.
+        yield _case("aligned-plain", tag, tokens=(2, 56), features=96, inner=112, bias=False)
+        yield _case("aligned-backward", tag, tokens=(2, 56), features=96, inner=112, backward=True, crossed=True)
+        yield _case("aligned-stored", tag, tokens=(2, 56), features=96, inner=112, stored=True, crossed=True)
+        yield _case("aligned-nobias", tag, tokens=(1,), features=96, inner=112, bias=False, backward=True)
+        yield _case("aligned-row", tag, tokens=(56,), features=96, inner=112, recipe=PER_ROW)
         yield _case("m1-backward", tag, tokens=(1,), backward=True)
         yield _case("m0-backward", tag, tokens=(0,), backward=True)
         yield _case("k1-n1-backward", tag, features=1, inner=1, backward=True)

@@ -2,6 +2,9 @@
 
 from ospnext.ops.registry import Implementation, Manifest, Refusal
 
+_LINEAR = frozenset(
+    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+)
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 
 MANIFEST = Manifest(
@@ -40,7 +43,7 @@ MANIFEST = Manifest(
             "acme.bits",
             "quantized_linear",
             "backends.acme.quantize:linear",
-            handles=frozenset({"x_granularity", "weight_granularity", "bias", "accumulate", "backward"}),
+            handles=_LINEAR,
         ),
         Implementation(
             "acme.rms_norm",

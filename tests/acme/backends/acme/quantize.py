@@ -78,7 +78,7 @@ def _scale(x, amax, scale_max, scale_mode, granularity):
 
 
 class Linear:
-    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, accumulate):
+    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, accumulate, scale_max):
         y = _product(x_codes, weight_codes, accumulate, dtype) * x_scale * weight_scale.reshape(-1)
         return (y if bias is None else y + bias).to(dtype)
 

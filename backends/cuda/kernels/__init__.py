@@ -1,0 +1,1 @@
+"""Triton kernels, one idea per file. They are compiled on first use."""

@@ -1,0 +1,119 @@
+"""`cuda.fp8_carrier` and `cuda.bf16_grid`: quantized linears on tensor cores, with operands that FP8 or bf16 carry.
+
+FP8 E4M3 holds a power of two times a HiFloat8 value exactly but for the smallest ones, and Hopper's tensor cores add
+FP8 products with fewer bits than fp32: both are far below the error of HiFloat8 itself. bf16 holds every value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ospnext.numerics import hif8
+from ospnext.ops.recipe import Accumulate
+
+from .kernels.carrier import carried, carried_transposed, shift_for
+
+#: What cuBLASLt asks of the inner dimension of FP8 products.
+MULTIPLE = 16
+
+
+class Fp8Carrier:
+    """Per-tensor scales and a bf16 result; sums without the tensor cores' fast mode."""
+
+    def forward(
+        self,
+        x_codes: Tensor,
+        x_scale: Tensor,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        accumulate: Accumulate,
+        scale_max: float,
+    ) -> Tensor:
+        shift = shift_for(scale_max)
+        x_MK = carried(x_codes.reshape(-1, x_codes.shape[-1]), shift)
+        weight_NK = carried(weight_codes, shift)
+        y_MN = _product(x_MK, x_scale, weight_NK, weight_scale, 2 * shift, dtype, bias)
+        return y_MN.view(*x_codes.shape[:-1], -1)
+
+    def backward(
+        self,
+        grad_codes: Tensor,
+        grad_scale: Tensor,
+        x_codes: Tensor,
+        x_scale: Tensor,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        *,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+        accumulate: Accumulate,
+        scale_max: float,
+        grad_scale_max: float,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        of_x, of_weight, of_bias = dtypes
+        shift, grad_shift = shift_for(scale_max), shift_for(grad_scale_max)
+        both = shift + grad_shift
+        grad_MN = grad_codes.reshape(-1, grad_codes.shape[-1])
+        dx = dweight = dbias = None
+        if of_x is not None:
+            weight_KN = carried_transposed(weight_codes, shift)
+            operand = carried(grad_MN, grad_shift)
+            dx = _product(operand, grad_scale, weight_KN, weight_scale, both, of_x).view(x_codes.shape)
+        if of_weight is not None:
+            grad_NM = carried_transposed(grad_MN, grad_shift, MULTIPLE)
+            x_KM = carried_transposed(x_codes.reshape(-1, x_codes.shape[-1]), shift, MULTIPLE)
+            dweight = _product(grad_NM, grad_scale, x_KM, x_scale, both, of_weight)
+        if of_bias is not None:
+            dbias = _sum_of_rows(grad_MN, grad_scale).to(of_bias)
+        return dx, dweight, dbias
+
+
+class Bf16Grid:
+    """Exact operands: every HiFloat8 value is a bf16 one. Sums in fp32, then scales, bias and one rounding."""
+
+    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, accumulate, scale_max) -> Tensor:
+        x_MK, weight_NK = (hif8.decode(t, torch.bfloat16).flatten(0, -2) for t in (x_codes, weight_codes))
+        y_MN = torch.mm(x_MK, weight_NK.T, out_dtype=torch.float32) * x_scale.reshape(-1, 1) * weight_scale.reshape(-1)
+        return (y_MN if bias is None else y_MN + bias).to(dtype).view(*x_codes.shape[:-1], -1)
+
+    def backward(
+        self, grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, *, dtypes, **settings
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        of_x, of_weight, of_bias = dtypes
+        grad_codes = grad_codes.reshape(-1, grad_codes.shape[-1])
+        grad_MN = hif8.decode(grad_codes, torch.bfloat16)
+        dx = dweight = dbias = None
+        if of_x is not None:
+            weight_NK = hif8.decode(weight_codes, torch.bfloat16)
+            product = torch.mm(grad_MN, weight_NK, out_dtype=torch.float32)
+            dx = (product * (grad_scale.view(1, 1) * weight_scale)).to(of_x).view(x_codes.shape)
+        if of_weight is not None:
+            x_MK = hif8.decode(x_codes.reshape(-1, x_codes.shape[-1]), torch.bfloat16)
+            product = torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
+            dweight = (product * (grad_scale.view(1, 1) * x_scale.view(1, 1))).to(of_weight)
+        if of_bias is not None:
+            dbias = _sum_of_rows(grad_codes, grad_scale).to(of_bias)
+        return dx, dweight, dbias
+
+
+def _product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, shift: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """a [M, K] b [N, K]^T of E4M3 numbers, with both scales; 2^shift is what the carriers multiplied products by."""
+    if 0 in a.shape or 0 in b.shape:
+        rows = a.new_zeros(len(a), len(b), dtype=torch.float32)
+        return (rows if bias is None else rows + bias).to(dtype)
+    # Fresh memory for both, and for a bias of odd strides or offset: cuBLASLt refuses pointers of other alignment.
+    scale, one = (a_scale * b_scale).reshape(()) * 2.0**-shift, torch.ones_like(a_scale).reshape(())
+    bias = None if bias is None else bias.to(dtype).clone(memory_format=torch.contiguous_format)
+    return torch._scaled_mm(a, b.T, scale, one, bias=bias, out_dtype=dtype, use_fast_accum=False)
+
+
+def _sum_of_rows(grad_codes: Tensor, grad_scale: Tensor) -> Tensor:
+    return hif8.decode(grad_codes, torch.bfloat16).sum(0, dtype=torch.float32) * grad_scale.reshape(())
+
+
+fp8_carrier = Fp8Carrier()
+bf16_grid = Bf16Grid()
