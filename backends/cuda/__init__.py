@@ -37,7 +37,11 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:fa4",
             handles=_EVERY_FEATURE,
             requires=("flash_attn.cute",),
-            refusals=(Refusal("capability", device={"capability": (8, 0)}), *_FLASH_REFUSALS),
+            refusals=(
+                Refusal("capability", device={"capability": (8, 0)}),
+                Refusal("gradient_head_dim", {"head_dim": 80, "backward": True}),
+                *_FLASH_REFUSALS,
+            ),
             note="FlashAttention-4",
         ),
         Implementation(

@@ -22,6 +22,12 @@ def fa4(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
         device.capability[0] == 9, "capability", got=device.capability, want="9.0 (other kernels of it are untested)"
     )
     yield from _flash(request, 256)
+    yield need(
+        not request.backward or request.head_dim % 32 == 0,
+        "gradient_head_dim",
+        got=request.head_dim,
+        want="a multiple of 32 with gradients: at 40 and 80 its dq was wrong by a hundred times plain rounding",
+    )
 
 
 def flash(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:

@@ -1,101 +1,90 @@
-"""HiFloat8 codes of scaled values in one pass: division, rounding and code by arithmetic on the bits of fp32."""
+"""HiFloat8 codes and values of scaled numbers in one pass: a division, and a table of what each quotient rounds to.
+
+Halves go away from zero, so that sign, exponent and four bits of mantissa say all: see ospnext/numerics/hif8.py."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+from ospnext.numerics import hif8
+
+_BLOCK = 2048
 
 
 def quantize_rows(x: Tensor, scale: Tensor) -> Tensor:
     """uint8 codes of x / scale, contiguous, shape of x; `scale` is one fp32 value, or one for each row of x.
 
     x is fp32, bf16 or fp16."""
-    x = x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    columns = x.shape[-1] if x.ndim else 1
-    if x.numel():
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _quantize[grid](x, scale.contiguous(), codes, x.numel(), columns, ONE=scale.numel() == 1, BLOCK=_BLOCK)
-    return codes
+    return _run(x, scale, torch.empty(x.shape, dtype=torch.uint8, device=x.device), _codes(x.device), False)
 
 
 def fake_quantize_rows(x: Tensor, scale: Tensor) -> Tensor:
     """The values of those codes times the scale, in the dtype of x."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    columns = x.shape[-1] if x.ndim else 1
+    return _run(x, scale, torch.empty(x.shape, dtype=x.dtype, device=x.device), _values(x.device), True)
+
+
+def _run(x: Tensor, scale: Tensor, out: Tensor, table: Tensor, scaled_back: bool) -> Tensor:
     if x.numel():
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _fake_quantize[grid](x, scale.contiguous(), out, x.numel(), columns, ONE=scale.numel() == 1, BLOCK=_BLOCK)
+        columns = x.shape[-1] if x.ndim else 1
+        _look_up[(triton.cdiv(x.numel(), _BLOCK),)](
+            x.contiguous(),
+            scale.contiguous(),
+            table,
+            out,
+            x.numel(),
+            columns,
+            ONE=scale.numel() == 1,
+            SCALED_BACK=scaled_back,
+            BLOCK=_BLOCK,
+        )
     return out
 
 
-@triton.jit
-def _rounded(bits):
-    """Bits of the magnitude of the nearest grid value, from those of an fp32 number. Halves go up. Zero below 2^-23,
-    infinity from 40960, NaN stays NaN.
-    """
-    magnitude = bits & 0x7FFFFFFF
-    exponent = (magnitude >> 23) - 127
-    distance = tl.abs(exponent)
-    kept = (distance <= 3).to(tl.int32) + (distance <= 7).to(tl.int32) + (distance <= 15).to(tl.int32)
-    rounded = ((magnitude + (1 << (22 - kept))) >> (23 - kept)) << (23 - kept)
-    rounded = tl.maximum(rounded, (127 - 22) << 23)
-    rounded = tl.where(magnitude < ((127 - 23) << 23), 0, rounded)
-    rounded = tl.where(magnitude >= 0x47200000, 0x7F800000, rounded)
-    return tl.where(magnitude > 0x7F800000, 0x7FC00000, rounded)
+def _keys() -> Tensor:
+    """fp32 [2^13]: a number for each key, which is its 13 leading bits. That of NaN has more bits below."""
+    return (torch.arange(1 << 13, dtype=torch.int64) << 19).to(torch.int32).view(torch.float32)
+
+
+@functools.cache
+def _codes(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return hif8.encode(_keys()).to(device)
+
+
+@functools.cache
+def _values(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return hif8.round_to_grid(_keys()).to(device)
 
 
 @triton.jit
-def _code(bits, rounded):
-    """The code of a grid value given by the bits of its magnitude; `bits` gives the sign."""
-    exponent = (rounded >> 23) - 127
-    distance = tl.abs(exponent)
-    below = (exponent < 0).to(tl.int32)
-    eighths = (rounded >> 20) & 7
-    code = 0x08 | eighths
-    code = tl.where(distance == 1, 0x10 | (below << 3) | eighths, code)
-    code = tl.where(distance >= 2, 0x20 | (below << 4) | ((distance - 2) << 3) | eighths, code)
-    code = tl.where(distance >= 4, 0x40 | (below << 4) | ((distance - 4) << 2) | (eighths >> 1), code)
-    code = tl.where(distance >= 8, 0x60 | (below << 4) | ((distance - 8) << 1) | (eighths >> 2), code)
-    code = tl.where(exponent <= -16, exponent + 23, code)
-    code = tl.where(rounded == 0x7F800000, 0x6F, code)
-    code = tl.where(bits < 0, code | 0x80, code)
-    code = tl.where(rounded == 0, 0, code)  # has no sign
-    return tl.where(rounded > 0x7F800000, 0x80, code)
-
-
-@triton.jit
-def _quotient(x_ptr, scale_ptr, at, inside, columns, ONE: tl.constexpr):
-    """(x / scale, scale); the division is that of IEEE, as the contract asks."""
+def _look_up(
+    x_ptr,
+    scale_ptr,
+    table_ptr,
+    out_ptr,
+    count,
+    columns,
+    ONE: tl.constexpr,
+    SCALED_BACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ONE:
-        scale = tl.load(scale_ptr)
+        scale = tl.load(scale_ptr) + tl.zeros_like(x)
     else:
         scale = tl.load(scale_ptr + at // columns, mask=inside, other=1.0)
-    return tl.div_rn(x, scale + tl.zeros_like(x)), scale
-
-
-@triton.jit
-def _quantize(x_ptr, scale_ptr, codes_ptr, count, columns, ONE: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    quotient, _ = _quotient(x_ptr, scale_ptr, at, inside, columns, ONE)
-    bits = quotient.to(tl.int32, bitcast=True)
-    tl.store(codes_ptr + at, _code(bits, _rounded(bits)).to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _fake_quantize(x_ptr, scale_ptr, out_ptr, count, columns, ONE: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    quotient, scale = _quotient(x_ptr, scale_ptr, at, inside, columns, ONE)
-    bits = quotient.to(tl.int32, bitcast=True)
-    rounded = _rounded(bits)
-    signed = tl.where(rounded == 0, 0, rounded | (bits & -2147483648))
-    value = signed.to(tl.float32, bitcast=True) * scale
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+    bits = tl.div_rn(x, scale).to(tl.int32, bitcast=True)  # the division of IEEE, as the contract asks
+    key = (bits >> 19) & 0x1FFF
+    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key)
+    found = tl.load(table_ptr + key)
+    if SCALED_BACK:
+        found = (found * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, found, mask=inside)
