@@ -11,7 +11,8 @@ from torch import Tensor
 from ospnext.numerics import hif8
 from ospnext.ops.recipe import Accumulate
 
-from .kernels.carrier import carried, carried_transposed, shift_for
+from .e4m3 import shift_for
+from .kernels.carrier import carried, carried_transposed
 
 #: What cuBLASLt asks of the inner dimension of FP8 products.
 MULTIPLE = 16

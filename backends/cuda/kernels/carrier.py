@@ -4,25 +4,14 @@ they want it so.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ospnext.numerics import hif8
+from ..e4m3 import table
 
-_LARGEST = 448.0
 _TILE = 64
-
-
-def shift_for(scale_max: float) -> int:
-    """The largest power of two by which magnitudes up to `scale_max` stay within E4M3: 4 for 15, 1 for 224."""
-    shift = 0
-    while scale_max * 2 ** (shift + 1) <= _LARGEST and shift < 8:
-        shift += 1
-    return shift
 
 
 def carried(codes: Tensor, shift: int) -> Tensor:
@@ -33,7 +22,7 @@ def carried(codes: Tensor, shift: int) -> Tensor:
     out = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
     if codes.numel():
         block = 4096
-        _look_up[(triton.cdiv(codes.numel(), block),)](codes, _table(codes.device, shift), out, codes.numel(), block)
+        _look_up[(triton.cdiv(codes.numel(), block),)](codes, table(codes.device, shift), out, codes.numel(), block)
     return out.view(torch.float8_e4m3fn)
 
 
@@ -45,16 +34,8 @@ def carried_transposed(codes: Tensor, shift: int, multiple: int = 1) -> Tensor:
     out = torch.empty(columns, padded, dtype=torch.uint8, device=codes.device)
     if out.numel():
         grid = (triton.cdiv(padded, _TILE), triton.cdiv(columns, _TILE))
-        _look_up_transposed[grid](codes, _table(codes.device, shift), out, rows, columns, padded, _TILE)
+        _look_up_transposed[grid](codes, table(codes.device, shift), out, rows, columns, padded, _TILE)
     return out.view(torch.float8_e4m3fn)
-
-
-@functools.cache
-def _table(device: torch.device, shift: int) -> Tensor:
-    values = hif8.decode(torch.arange(256, dtype=torch.uint8)) * 2.0**shift
-    values = torch.where(values.abs() <= _LARGEST, values, torch.nan)
-    with torch.inference_mode(False):
-        return values.to(torch.float8_e4m3fn).view(torch.uint8).to(device)
 
 
 @triton.jit
