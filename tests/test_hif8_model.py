@@ -116,7 +116,8 @@ def test_a_second_conversion_is_refused_before_anything_changes():
         ({"blocks": "2:4"}, "blocks must be 'all' or numbers and ranges such as 2-37 or 0,4-9; got '2:4'"),
         ({"blocks": ""}, "blocks must be 'all' or"),
         ({"blocks": "6-8"}, "blocks '6-8': the model has blocks 0 to 7"),
-        ({"blocks": "1,5-4"}, "blocks '5-4': the model has"),
+        ({"blocks": "1,5-4"}, "blocks '5-4': a range begins with the smaller number"),
+        ({"linears": "ffn.0"}, "linears must be a tuple of names, got the text 'ffn.0'"),
     ],
     ids=str,
 )

@@ -52,6 +52,8 @@ class QuantPolicy:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
         for name, known in (("linears", LINEARS), ("attention", ATTENTIONS)):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a tuple of names, got the text {getattr(self, name)!r}")
             unknown = [word for word in getattr(self, name) if word not in known]
             if unknown:
                 raise ConfigError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -76,7 +78,9 @@ class QuantPolicy:
         for word in self.blocks.split(","):
             first, _, last = word.partition("-")
             numbers = range(int(first), int(last or first) + 1)
-            if not numbers or numbers[-1] >= num_layers:
+            if not numbers:
+                raise ConfigError(f"blocks {word!r}: a range begins with the smaller number")
+            if numbers[-1] >= num_layers:
                 raise ConfigError(f"blocks {word!r}: the model has blocks 0 to {num_layers - 1}")
             chosen |= set(numbers)
         return sorted(chosen)
