@@ -73,7 +73,12 @@ def _backend(manifest: Any, known: Any) -> dict[str, Any]:
         "needs": manifest.needs,
         "device": dataclasses.asdict(probe.device) if probe.device else None,
         "kernels": {name: [_kernel(i, known) for i in manifest.offers(name)] for name in CONTRACTS},
-        "composite": [name for name, contract in CONTRACTS.items() if contract.composite and not manifest.offers(name)],
+        # Those made of other contracts run on these, so that they say nothing of their own.
+        "composite": [
+            name
+            for name, contract in CONTRACTS.items()
+            if contract.composite and not contract.composed_of and not manifest.offers(name)
+        ],
     }
 
 
