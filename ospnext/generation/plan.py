@@ -24,7 +24,7 @@ from ospnext.models.weights.quantized import Quantization
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.device import Device
-from ospnext.ops.explain import as_text
+from ospnext.ops.explain import candidate_lines
 from ospnext.ops.policy import current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import Decision, select
@@ -239,7 +239,7 @@ def _size_lines(size: SizePlan) -> list[str]:
     lines += [f"  memory      {_gib(amount):>10}  {name}" for name, amount in size.memory.items()]
     for name, decision in size.decisions.items():
         lines.append(f"  {name}: {decision.chosen_id or 'NOTHING takes it'}")
-        lines += [line for line in as_text(decision).splitlines() if line.startswith("    ")]
+        lines += candidate_lines(decision, unavailable=False)
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from ospnext.ops.select import Candidate, Decision
 
 
 def as_text(decision: Decision) -> str:
-    """Every implementation on its own line, with what became of it and why."""
+    """Every implementation on its own line, with what became of it and why; those of a backend that cannot run here on
+    one.
+    """
     contract = decision.contract
     lines = [
         f"{contract.name}.v{contract.version}  {describe_request(decision.request)}",
         f"  policy: {decision.policy}",
     ]
     lines.append(f"  asked: {decision.asked}")
-    width = max((len(c.id) for c in decision.candidates), default=0)
-    lines += [f"    {c.id:<{width}}  {c.status:<11}  {_why(c)}".rstrip() for c in decision.candidates]
+    lines += candidate_lines(decision)
     if not decision.candidates:
         lines.append("    no backend declares an implementation of this operator")
     if decision.chosen is None:
@@ -28,6 +30,21 @@ def as_text(decision: Decision) -> str:
             lines.append(f"  OSPNEXT_FALLBACK={contract.family} would allow implementations that were not asked for.")
         lines.append("  `ospnext doctor` shows every backend; OSPNEXT_BACKEND=reference runs anywhere PyTorch does.")
     return "\n".join(lines)
+
+
+def candidate_lines(decision: Decision, *, unavailable: bool = True) -> list[str]:
+    """The lines of the implementations alone; without those of backends that cannot run here if asked."""
+    rows: list[tuple[str, str, str]] = []
+    for backend, group in itertools.groupby(decision.candidates, key=lambda c: c.id.partition(".")[0]):
+        candidates = list(group)
+        missing = [c for c in candidates if c.status == "unavailable"]
+        if not missing or (len(missing) == 1 and unavailable):
+            rows += [(c.id, c.status, _why(c)) for c in candidates]
+        elif unavailable:
+            why = "; ".join(map(str, missing[0].reasons))
+            rows.append((f"{backend} ({len(missing)} kernels)", "unavailable", why))
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return [f"    {name:<{width}}  {status:<11}  {why}".rstrip() for name, status, why in rows]
 
 
 def as_json(decision: Decision) -> dict[str, Any]:
