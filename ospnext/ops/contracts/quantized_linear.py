@@ -258,7 +258,7 @@ def _cases() -> Iterator[Case]:
         yield _case("aligned-plain", tag, tokens=(2, 56), features=96, inner=112, bias=False)
         yield _case("aligned-backward", tag, tokens=(2, 56), features=96, inner=112, backward=True, crossed=True)
         yield _case("aligned-stored", tag, tokens=(2, 56), features=96, inner=112, stored=True, crossed=True)
-        yield _case("aligned-nobias", tag, tokens=(1,), features=96, inner=112, bias=False, backward=True)
+        yield _case("aligned-nobias-backward", tag, tokens=(1,), features=96, inner=112, bias=False, backward=True)
         yield _case("aligned-row", tag, tokens=(56,), features=96, inner=112, recipe=PER_ROW)
         yield _case("m1-backward", tag, tokens=(1,), backward=True)
         yield _case("m0-backward", tag, tokens=(0,), backward=True)

@@ -82,7 +82,9 @@ class Linear:
         y = _product(x_codes, weight_codes, accumulate, dtype) * x_scale * weight_scale.reshape(-1)
         return (y if bias is None else y + bias).to(dtype)
 
-    def backward(self, grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, *, dtypes, accumulate):
+    def backward(
+        self, grad_codes, grad_scale, x_codes, x_scale, weight_codes, weight_scale, *, dtypes, accumulate, **scales
+    ):
         grad_codes = grad_codes.reshape(-1, grad_codes.shape[-1])
         wide = (accumulate, *[d for d in dtypes if d is not None])
         found = [None, None, None]
