@@ -284,7 +284,7 @@ FUSED = (
 _QUANTIZE_FEATURES = frozenset(
     {
         *("saturate", "scale_max", "scale_mode", "granularity", "given_amax"),
-        *("x_granularity", "weight_granularity", "bias", "accumulate", "backward", "grad_scale_max"),
+        *("x_granularity", "weight_granularity", "bias", "accumulate", "backward", "grad_scale_max", "mixed_bias"),
     }
 )
 

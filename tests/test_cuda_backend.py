@@ -62,6 +62,7 @@ NO_FA4 = ("flash_attn.cute",)
         ("quantized_linear", LINEAR, HOPPER, (), "cuda.fp8_carrier"),
         ("quantized_linear", LINEAR, AMPERE, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, x_granularity="row"), HOPPER, (), "cuda.bf16_grid"),
+        ("quantized_linear", dataclasses.replace(LINEAR, mixed_bias=True), HOPPER, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, dtype=torch.float32), HOPPER, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, accumulate="fp64"), HOPPER, (), "cuda.torch"),
         ("quantized_linear", LINEAR, HOPPER, ("triton",), "cuda.torch"),

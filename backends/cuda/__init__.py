@@ -8,7 +8,10 @@ _HERE = "ospnext.backends.cuda"
 _REFERENCE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
 _LINEAR = frozenset(
-    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+    {
+        *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
+        *("accumulate", "scale_max", "grad_scale_max", "backward"),
+    }
 )
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 _PLAIN = "plain PyTorch operators on the device: exact, not fast"
@@ -123,7 +126,7 @@ MANIFEST = Manifest(
             "quantized_linear",
             f"{_HERE}.quantized_linear:fp8_carrier",
             supports=f"{_HERE}.predicates:fp8_carrier",
-            handles=_LINEAR,
+            handles=_LINEAR - {"mixed_bias"},
             requires=("triton",),
             refusals=(
                 Refusal("capability", device={"capability": (8, 0)}),

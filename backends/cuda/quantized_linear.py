@@ -108,7 +108,7 @@ def _product(
         return (rows if bias is None else rows + bias).to(dtype)
     # Fresh memory for both, and for a bias of odd strides or offset: cuBLASLt refuses pointers of other alignment.
     scale, one = (a_scale * b_scale).reshape(()) * 2.0**-shift, torch.ones_like(a_scale).reshape(())
-    bias = None if bias is None else bias.to(dtype).clone(memory_format=torch.contiguous_format)
+    bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)
     return torch._scaled_mm(a, b.T, scale, one, bias=bias, out_dtype=dtype, use_fast_accum=False)
 
 

@@ -7,7 +7,10 @@ from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, Refusal
 _HERE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
 _LINEAR = frozenset(
-    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+    {
+        *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
+        *("accumulate", "scale_max", "grad_scale_max", "backward"),
+    }
 )
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 _EXACT = "exact, from the definition of the format"

@@ -146,6 +146,7 @@ def _kernel_for(
             x_granularity="tensor" if x_scale.numel() == 1 else "row",
             weight_granularity="tensor" if weight_scale.numel() == 1 else "row",
             bias=bias is not None,
+            mixed_bias=bias is not None and bias.dtype != dtype,
             accumulate="fp64" if dtype == torch.float64 else accumulate,
             scale_max=scale_max,
             grad_scale_max=224.0 if grad_scale_max is None else grad_scale_max,

@@ -48,6 +48,8 @@ class QuantizedLinearRequest:
     x_granularity: LinearGranularity = "tensor"
     weight_granularity: LinearGranularity = "tensor"
     bias: bool = False
+    #: The bias has another dtype than the result: it must not be rounded before it is added.
+    mixed_bias: bool = False
     accumulate: Accumulate = "fp32"
     scale_max: float = 15.0
     grad_scale_max: float = 224.0
@@ -232,6 +234,7 @@ def _case(
         x_granularity=recipe.granularity,
         weight_granularity=options.get("weight_granularity", recipe.granularity),
         bias=bias,
+        mixed_bias=bias and options.get("weight_dtype", DTYPES[tag]) != DTYPES[tag],
         accumulate=recipe.accumulate,
         scale_max=recipe.scale_max,
         grad_scale_max=recipe.grad_scale_max,
@@ -267,6 +270,10 @@ def _cases() -> Iterator[Case]:
     yield _case("pow2-backward", "bf16", recipe=HiF8Recipe(scale_mode="pow2"), backward=True)
     yield _case("scalemax-backward", "bf16", recipe=HiF8Recipe(scale_max=224.0, grad_scale_max=15.0), backward=True)
     yield _case("fp32weight-backward", "bf16", backward=True, weight_dtype=torch.float32)
+    aligned: dict[str, Any] = {"tokens": (2, 56), "features": 96, "inner": 112}
+    yield _case("aligned-fp32weight-backward", "bf16", **aligned, backward=True, weight_dtype=torch.float32)
+    # Long sums are where tensor cores that add with few bits would show.
+    yield _case("aligned-k13824", "bf16", tokens=(7,), features=48, inner=13_824)
     yield _case("k13824", "fp32", tokens=(7,), features=33, inner=13_824)
     yield _case("m32768-backward", "fp32", tokens=(32_768,), features=5, inner=9, backward=True)
     yield _case("tiles-backward", "bf16", tokens=(512,), features=384, inner=256, backward=True)

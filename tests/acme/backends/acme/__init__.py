@@ -3,7 +3,10 @@
 from ospnext.ops.registry import Implementation, Manifest, Refusal
 
 _LINEAR = frozenset(
-    {"x_granularity", "weight_granularity", "bias", "accumulate", "scale_max", "grad_scale_max", "backward"}
+    {
+        *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
+        *("accumulate", "scale_max", "grad_scale_max", "backward"),
+    }
 )
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 
