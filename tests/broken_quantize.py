@@ -6,7 +6,7 @@ import torch
 
 from ospnext.backends.reference import quantize as honest
 from ospnext.backends.reference.quantized_linear import QuantizedLinear
-from ospnext.numerics import hif8, scaling
+from ospnext.numerics import carrier, hif8, scaling
 
 # ---- encode
 
@@ -217,6 +217,27 @@ class ReciprocalProduct(Quantize):
         return hif8.encode((x if x.dtype == torch.float64 else x.float()) * (1 / scale))
 
 
+class CarriedScaleKept:
+    """Carried numbers are 16 times the values, and their scale is that of the values."""
+
+    contract = "hif8_quantize"
+    features = frozenset({"carried"})
+
+    def __call__(self, x, amax, *, carried=False, **settings):
+        codes, scale = honest.quantize(x, amax, **settings)
+        return (self.carry(codes, settings["scale_max"]) if carried else codes), scale
+
+    def carry(self, codes, scale_max):
+        return carrier.carry(codes, torch.ones(()), scale_max)[0]
+
+
+class CarriedUnshifted(CarriedScaleKept):
+    """Carried numbers are the values themselves, so that E4M3 rounds more of the small ones away."""
+
+    def carry(self, codes, scale_max):
+        return hif8.decode(codes).to(carrier.DTYPE)
+
+
 # ---- fake quantize
 
 
@@ -296,6 +317,18 @@ class SumsInBf16(Linear):
         for x, w in zip(x_codes.split(64, -1), weight_codes.split(64, -1), strict=True):
             part = super().forward(x, torch.ones_like(x_scale), w, torch.ones_like(weight_scale), None, **_FP32)
             total = (total + part).bfloat16().float()
+        y = total * x_scale * weight_scale.reshape(-1)
+        return (y if bias is None else y + bias).to(dtype)
+
+
+class SumsKeep14Bits(Linear):
+    """Sums lose what tensor cores lose where speed is asked for; here it was not."""
+
+    def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, **_):
+        total = torch.zeros(())
+        for x, w in zip(x_codes.split(32, -1), weight_codes.split(32, -1), strict=True):
+            part = super().forward(x, torch.ones_like(x_scale), w, torch.ones_like(weight_scale), None, **_FP32)
+            total = ((total + part).view(torch.int32) & ~0x3FF).view(torch.float32)
         y = total * x_scale * weight_scale.reshape(-1)
         return (y if bias is None else y + bias).to(dtype)
 

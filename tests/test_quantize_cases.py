@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ospnext import ops
+from ospnext.numerics.carrier import shift_for
 from ospnext.ops.contracts import CONTRACTS, attention_oracle
 from ospnext.ops.contracts import quantize_oracle as oracle
 from ospnext.ops.contracts.hif8_cast import DTYPES, boundaries
@@ -53,6 +54,16 @@ def test_the_oracle_decodes_as_the_library_does():
     torch.testing.assert_close(oracle.decoded(codes), values_by_library(codes), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("scale_max", "power"), [(15.0, 16), (224.0, 2), (1.0, 256), (448.0, 1)])
+def test_the_oracle_carries_as_pytorch_rounds_to_e4m3(scale_max, power):
+    values = oracle.decoded(torch.arange(256, dtype=torch.uint8))
+    found, by = oracle.carried(values, scale_max)
+    expected = (values * power).float()
+    expected = torch.where(expected.abs() <= 448, expected.to(torch.float8_e4m3fn).double(), torch.nan)
+    assert by == power
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_boundaries_lie_on_both_sides_of_every_change():
     x = boundaries()
     x = x[torch.isfinite(x) & (x > 0)].sort().values
@@ -73,6 +84,7 @@ def test_inputs_of_quantize(contract, case):
     assert x.dtype == request.dtype == DTYPES[said[0]] and tuple(x.shape) == request.shape
     assert (request.granularity == "row") == ("row" in said or "zerorow" in said or "division" in said)
     assert (request.granularity == "channel") == ("channel" in said)
+    assert request.carried == ("carried" in said)
     assert (request.scale_mode == "pow2") == bool({"pow2", "wide", "ties", "overflow"} & set(said))
     assert (request.scale_max == 224.0) == ("224" in said)
     assert (amax is not None) == request.given_amax == bool({"given", "overflow"} & set(said))
@@ -102,7 +114,8 @@ def test_inputs_of_quantized_linear(contract, case):
     assert inputs["x"].dtype == request.dtype == DTYPES[said[0]]
     assert (inputs["bias"] is not None) == request.bias
     assert ("grad_out" in inputs) == request.backward == ("backward" in said)
-    assert ("weight_scale" in inputs) == bool({"stored", "scale0", "scaleinf", "scalenan"} & set(said))
+    assert ("weight_scale" in inputs) == bool({"stored", "carried", "scale0", "scaleinf", "scalenan"} & set(said))
+    assert (inputs["weight"].dtype == torch.float8_e4m3fn) == request.carried == ("carried" in said)
     assert case.exact == ("exact" in said)
     if case.exact:
         found = contract.oracle(inputs)
@@ -134,7 +147,12 @@ def test_the_linear_oracle_is_a_composition_of_the_library_and_pytorch(contract,
         return values_by_library(codes_by_library((wide / scale).contiguous())) * scale.double()
 
     x = dequantized(inputs["x"], recipe.scale_max).requires_grad_()
-    if "weight_scale" in inputs:
+    if case.request.carried:
+        amax = inputs["x"].float().abs().amax(dim, keepdim=True) if dim else inputs["x"].float().abs().amax()
+        unit = (amax / np.float32(recipe.scale_max)).double() / 2 ** shift_for(recipe.scale_max)
+        x = (x.detach() / unit).to(torch.float8_e4m3fn).double() * unit
+        weight = inputs["weight"].double() * inputs["weight_scale"].double()
+    elif "weight_scale" in inputs:
         weight = values_by_library(inputs["weight"]) * inputs["weight_scale"].double()
     else:
         weight = dequantized(inputs["weight"], recipe.scale_max).requires_grad_()
@@ -236,6 +254,6 @@ def test_an_interval_takes_what_lies_inside_and_a_rounding_more():
 
 
 def test_every_setting_of_a_recipe_reaches_some_case():
-    recipes = [c.options["recipe"] for c in CONTRACTS["quantized_linear"].cases()]
+    recipes = [c.options["recipe"] for n in ("quantized_linear", "native_attention") for c in CONTRACTS[n].cases()]
     for field in dataclasses.fields(HiF8Recipe):
         assert len({getattr(recipe, field.name) for recipe in recipes}) > 1, field.name

@@ -55,7 +55,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
         ),
         (
             lambda: ops.quantized_linear(randn(2, 3), Quantized(randn(5, 3), torch.ones(1, 1))),
-            "codes must be uint8; got torch.uint8 and torch.float32",
+            "both be uint8, or both carried in float8_e4m3fn; got torch.uint8 and torch.float32",
         ),
         (
             lambda: ops.quantized_linear(randn(2, 3), randn(5, 3), x_quantized=ops.hif8_quantize(randn(4, 3))),
@@ -80,6 +80,39 @@ def test_a_scale_inside_the_sum_of_a_gradient_is_refused():
     stored = ops.hif8_quantize(weight)
     (dx,) = torch.autograd.grad(ops.quantized_linear(x, stored, recipe=rows).sum(), x)
     assert dx.shape == x.shape
+
+
+def test_carried_codes_give_what_the_others_give_but_for_the_smallest_values():
+    x, weight, bias = randn(64, 96), randn(48, 96, seed=1), randn(48, seed=2)
+    for granularity in ("tensor", "row"):
+        recipe = HiF8Recipe(granularity=granularity)
+        plain, carried = (ops.hif8_quantize(weight, granularity=granularity, carried=c) for c in (False, True))
+        expected = ops.quantized_linear(x, plain, bias, recipe=recipe)
+        found = ops.quantized_linear(x, carried, bias, recipe=recipe)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # Nothing but the codes is left of x.
+        codes = ops.hif8_quantize(x, granularity=granularity, carried=True)
+        assert ops.quantized_linear(codes, carried, bias, recipe=recipe, dtype=x.dtype).equal(found)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w: ops.quantized_linear(ops.hif8_quantize(x), w), "x as codes needs dtype"),
+        (
+            lambda x, w: ops.quantized_linear(x, w, x_quantized=ops.hif8_quantize(x)),
+            "must both be uint8, or both carried",
+        ),
+        (
+            lambda x, w: ops.quantized_linear(x.requires_grad_(), w).sum().backward(),
+            "are for inference and give no grad",
+        ),
+        (lambda x, w: ops.hif8_quantize(x, scale_max=512.0, carried=True), "at most 448; got scale_max=512"),
+    ],
+)
+def test_what_carried_codes_cannot_do_is_said(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(randn(4, 32), ops.hif8_quantize(randn(16, 32), carried=True))
 
 
 def test_amax_and_a_group_that_finds_one_exclude_each_other(alone):

@@ -8,7 +8,7 @@ _HERE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
 _LINEAR = frozenset(
     {
-        *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
+        *("x_granularity", "weight_granularity", "bias", "mixed_bias", "carried"),
         *("accumulate", "scale_max", "grad_scale_max", "backward"),
     }
 )
@@ -57,7 +57,9 @@ MANIFEST = Manifest(
             "reference.hif8", "hif8_encode", f"{_HERE}.quantize:encode", handles=frozenset({"saturate"}), note=_EXACT
         ),
         Implementation("reference.hif8", "hif8_decode", f"{_HERE}.quantize:decode", note=_EXACT),
-        Implementation("reference.hif8", "hif8_quantize", f"{_HERE}.quantize:quantize", handles=_SCALED, note=_EXACT),
+        Implementation(
+            "reference.hif8", "hif8_quantize", f"{_HERE}.quantize:quantize", handles=_SCALED | {"carried"}, note=_EXACT
+        ),
         Implementation(
             "reference.hif8", "hif8_fake_quantize", f"{_HERE}.quantize:fake_quantize", handles=_SCALED, note=_EXACT
         ),

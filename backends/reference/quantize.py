@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ospnext.numerics import hif8
+from ospnext.numerics import carrier, hif8
 from ospnext.numerics.scaling import Granularity, ScaleMode, amax_of, scale_of
 
 #: Elements of one piece: what is computed on the way stays in cache on a CPU, and small on other devices.
@@ -23,14 +23,20 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize(
-    x: Tensor, amax: Tensor | None, *, scale_max: float, scale_mode: ScaleMode, granularity: Granularity
+    x: Tensor,
+    amax: Tensor | None,
+    *,
+    scale_max: float,
+    scale_mode: ScaleMode,
+    granularity: Granularity,
+    carried: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(codes, scale)."""
     scale = _scale(x, amax, scale_max, scale_mode, granularity)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     for found, given, by in _pieces(codes, x, scale):
         found.copy_(hif8.encode(given / by))
-    return codes, scale
+    return carrier.carry(codes, scale, scale_max) if carried else (codes, scale)
 
 
 def fake_quantize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ospnext.numerics import hif8
+from ospnext.numerics import carrier
 from ospnext.ops.recipe import Accumulate
 
 
@@ -25,7 +25,7 @@ class QuantizedLinear:
         scale_max: float,
     ) -> Tensor:
         wide = _wide(accumulate, dtype)
-        y = (hif8.decode(x_codes, wide) @ hif8.decode(weight_codes, wide).T) * x_scale * weight_scale.T.squeeze(0)
+        y = (carrier.values(x_codes, wide) @ carrier.values(weight_codes, wide).T) * x_scale * weight_scale.T.squeeze(0)
         return (y if bias is None else y + bias.to(wide)).to(dtype)
 
     def backward(
@@ -44,13 +44,13 @@ class QuantizedLinear:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         of_x, of_weight, of_bias = dtypes
         wide = _wide(accumulate, *dtypes)
-        grad, grad_scale = hif8.decode(grad_codes, wide), grad_scale.reshape(())
+        grad, grad_scale = carrier.values(grad_codes, wide), grad_scale.reshape(())
         dx = dweight = dbias = None
         if of_x is not None:
-            dx = ((grad @ hif8.decode(weight_codes, wide)) * grad_scale * weight_scale.squeeze(0)).to(of_x)
+            dx = ((grad @ carrier.values(weight_codes, wide)) * grad_scale * weight_scale.squeeze(0)).to(of_x)
         grad_MN = grad.reshape(-1, grad.shape[-1])
         if of_weight is not None:
-            x_MK = hif8.decode(x_codes, wide).reshape(-1, x_codes.shape[-1])
+            x_MK = carrier.values(x_codes, wide).reshape(-1, x_codes.shape[-1])
             dweight = ((grad_MN.T @ x_MK) * grad_scale * x_scale.reshape(())).to(of_weight)
         if of_bias is not None:
             dbias = (grad_MN.sum(0) * grad_scale).to(of_bias)

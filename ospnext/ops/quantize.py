@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ospnext.numerics import carrier
 from ospnext.numerics.hif8 import INFO
 from ospnext.numerics.scaling import (
     GRANULARITIES,
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 
 class Quantized(NamedTuple):
-    """HiFloat8 codes (uint8, any shape) and their scale (fp32, the same shape with some dimensions 1). It stands for
-    decode(codes) * scale.
+    """Codes (any shape) and their scale (fp32, the same shape with some dimensions 1): values(codes) * scale.
+
+    Codes are HiFloat8 ones (uint8), or E4M3 numbers that carry them (float8_e4m3fn): see numerics/carrier.py.
     """
 
     codes: Tensor
@@ -52,10 +54,20 @@ class DecodeKernel(Protocol):
 
 
 class QuantizeKernel(Protocol):
-    """For hif8_quantize, which returns (codes, scale), and for hif8_fake_quantize, which returns the values."""
+    """For hif8_quantize, which returns (codes, scale), and for hif8_fake_quantize, which returns the values.
+
+    `carried` is given, as True, to implementations of hif8_quantize that declare to handle it.
+    """
 
     def __call__(
-        self, x: Tensor, amax: Tensor | None, *, scale_max: float, scale_mode: ScaleMode, granularity: Granularity
+        self,
+        x: Tensor,
+        amax: Tensor | None,
+        *,
+        scale_max: float,
+        scale_mode: ScaleMode,
+        granularity: Granularity,
+        carried: bool = False,
     ) -> Any: ...
 
 
@@ -80,6 +92,7 @@ def hif8_quantize(
     granularity: Granularity = "tensor",
     amax: Tensor | None = None,
     amax_group: ProcessGroup | None = None,
+    carried: bool = False,
 ) -> Quantized:
     """Codes of x / s and the fp32 scale s, by which the largest magnitude of x becomes `scale_max`. Has no gradient.
 
@@ -90,13 +103,14 @@ def hif8_quantize(
         granularity: one scale for the "tensor", each "row" (last dimension) or each "channel" (last but one).
         amax: fp32 in the shape of the scale, to be used instead of that of x.
         amax_group: ranks that share one amax; each must make the same calls in the same order.
+        carried: codes as the E4M3 numbers that FP8 tensor cores multiply. Values below 2^-12 of 15 are then rounded.
 
     Raises:
         ValueError: an argument is not one of these.
         UnsupportedRequestError: no implementation that the policy allows takes the call.
     """
     amax = _shared_amax(x, granularity, amax, amax_group)
-    return Quantized(*quantize_op(x, amax, scale_max, scale_mode, granularity))
+    return Quantized(*quantize_op(x, amax, scale_max, scale_mode, granularity, carried))
 
 
 def hif8_fake_quantize(
@@ -146,7 +160,7 @@ def _amax(x: Tensor, granularity: Granularity, group: str) -> Tensor:
     """Largest magnitude over `granularity` and all ranks of the group, fp32 in the shape of the scale. Opaque, so that
     a compiled model can contain it.
     """
-    _check("hif8_quantize", x, None, 1.0, "amax", granularity)
+    check_scaling("hif8_quantize", x, None, 1.0, "amax", granularity)
     amax = amax_of(x, granularity)
     if not group:
         return amax
@@ -165,9 +179,17 @@ _decided = {name: Decided(contract) for name, contract in _CONTRACTS.items()}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(
-    name: str, x: Tensor, amax: Tensor | None, scale_max: float, scale_mode: str, granularity: Granularity
+def check_scaling(
+    name: str,
+    x: Tensor,
+    amax: Tensor | None,
+    scale_max: float,
+    scale_mode: str,
+    granularity: Granularity,
+    *,
+    carried: bool = False,
 ) -> None:
+    """Raise ValueError, with what was expected, unless x can be quantized so."""
     if x.dtype not in _FLOATS:
         raise ValueError(f"{name}: x must be fp64, fp32, bf16 or fp16; got {x.dtype}")
     if scale_mode not in SCALE_MODES or granularity not in GRANULARITIES:
@@ -177,6 +199,8 @@ def _check(
         )
     if not INFO.smallest_subnormal <= scale_max <= INFO.max:
         raise ValueError(f"{name}: scale_max must lie between 2^-22 and 32768, the values of HiFloat8; got {scale_max}")
+    if carried and scale_max > carrier.LARGEST:
+        raise ValueError(f"{name}: carried codes are at most {carrier.LARGEST:g}; got scale_max={scale_max}")
     if x.ndim < {"tensor": 0, "row": 1, "channel": 2}[granularity]:
         raise ValueError(f"{name}: granularity {granularity!r} needs more dimensions than x has, {tuple(x.shape)}")
     shape = scale_shape(x.shape, granularity)
@@ -187,13 +211,14 @@ def _check(
         )
 
 
-def _scaled_kernel(name: str, x: Tensor, amax: Tensor | None, *settings: Any) -> QuantizeKernel:
-    signature = (x.shape, x.dtype, x.device, None if amax is None else (amax.shape, amax.dtype, amax.device), settings)
+def _scaled_kernel(name: str, x: Tensor, amax: Tensor | None, *settings: Any, carried: bool = False) -> QuantizeKernel:
+    given = None if amax is None else (amax.shape, amax.dtype, amax.device)
+    signature = (x.shape, x.dtype, x.device, given, settings, carried)
     kernel = _decided[name].get(signature)
     if kernel is None:
-        _check(name, x, amax, *settings)
+        check_scaling(name, x, amax, *settings, carried=carried)
         request = QuantizeRequest(x.device.type, x.dtype, tuple(x.shape), *settings)
-        request = replace(request, given_amax=amax is not None)
+        request = replace(request, given_amax=amax is not None, carried=carried)
         kernel = _decided[name].decide(signature, request)
     return kernel
 
@@ -219,14 +244,17 @@ def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return _cast_kernel("hif8_decode", codes, dtype)(codes, dtype)
 
 
-def _quantize(x: Tensor, amax: Tensor | None, scale_max: float, scale_mode: Any, granularity: Any) -> Any:
-    kernel = _scaled_kernel("hif8_quantize", x, amax, scale_max, scale_mode, granularity)
-    return kernel(x, amax, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity)
+def _quantize(
+    x: Tensor, amax: Tensor | None, scale_max: float, scale_mode: Any, granularity: Any, carried: bool = False
+) -> Any:
+    kernel = _scaled_kernel("hif8_quantize", x, amax, scale_max, scale_mode, granularity, carried=carried)
+    form = {"carried": True} if carried else {}
+    return kernel(x, amax, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, **form)
 
 
 def _fake_quantize(x, amax, scale_max, scale_mode, granularity, grad_scale_max, group) -> Tensor:
     if grad_scale_max is not None:
-        _check("hif8_fake_quantize (gradient)", x, None, grad_scale_max, scale_mode, granularity)
+        check_scaling("hif8_fake_quantize (gradient)", x, None, grad_scale_max, scale_mode, granularity)
     kernel = _scaled_kernel("hif8_fake_quantize", x, amax, scale_max, scale_mode, granularity)
     return kernel(x, amax, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity)
 
@@ -235,8 +263,15 @@ def _contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
-def _quantize_fake(x: Tensor, amax: Tensor | None, scale_max: float, scale_mode: str, granularity: Granularity) -> Any:
-    return _contiguous(x, torch.uint8), _amax_fake(x, granularity, "")
+def _quantize_fake(
+    x: Tensor,
+    amax: Tensor | None,
+    scale_max: float,
+    scale_mode: str,
+    granularity: Granularity,
+    carried: bool = False,
+) -> Any:
+    return _contiguous(x, carrier.DTYPE if carried else torch.uint8), _amax_fake(x, granularity, "")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,7 +299,13 @@ _encode_op = define(
 _decode_op = define(
     "hif8_decode", "Tensor codes, ScalarType dtype", "Tensor", kernel=_decode, fake=lambda c, d: _contiguous(c, d)
 )
-quantize_op = define("hif8_quantize", _SETTINGS, "(Tensor, Tensor)", kernel=_quantize, fake=_quantize_fake)
+quantize_op = define(
+    "hif8_quantize",
+    f"{_SETTINGS}, bool carried=False",
+    "(Tensor, Tensor)",
+    kernel=_quantize,
+    fake=_quantize_fake,
+)
 _fake_quantize_op = define(
     "hif8_fake_quantize",
     f"{_SETTINGS}, float? grad_scale_max, str group",

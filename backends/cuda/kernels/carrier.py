@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..e4m3 import table
+from ospnext.numerics.carrier import table
 
 _TILE = 64
 

@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ospnext.numerics import hif8
+from ospnext.numerics import carrier, hif8
 
 _BLOCK = 2048
 
 
-def quantize_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """uint8 codes of x / scale, contiguous, shape of x; `scale` is one fp32 value, or one for each row of x.
+def quantize_rows(x: Tensor, scale: Tensor, shift: int | None = None) -> Tensor:
+    """uint8 codes of x / scale, contiguous, shape of x; `scale` is one fp32 value, or one for each row of x. With a
+    `shift`, the E4M3 numbers that carry them.
 
     x is fp32, bf16 or fp16."""
-    return _run(x, scale, torch.empty(x.shape, dtype=torch.uint8, device=x.device), _codes(x.device), False)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    _run(x, scale, codes, codes_by_key(x.device, shift), False)
+    return codes if shift is None else codes.view(carrier.DTYPE)
 
 
 def fake_quantize_rows(x: Tensor, scale: Tensor) -> Tensor:
@@ -51,9 +54,11 @@ def _keys() -> Tensor:
 
 
 @functools.cache
-def _codes(device: torch.device) -> Tensor:
+def codes_by_key(device: torch.device, shift: int | None) -> Tensor:
+    """uint8 [2^13]: the code of each key, or with a `shift` the E4M3 number that carries it."""
     with torch.inference_mode(False):
-        return hif8.encode(_keys()).to(device)
+        codes = hif8.encode(_keys())
+        return (codes if shift is None else carrier.table(codes.device, shift)[codes.int()]).to(device)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
-from ospnext.ops.contract import Case, Contract, Through, as_is
+from ospnext.ops.contract import Case, Contract, Level, Through, as_is
 from ospnext.ops.contracts import quantize_oracle as oracle
 from ospnext.ops.contracts.hif8_cast import DTYPES, SHAPE, generator_of, op, quantize_contract
 
@@ -33,7 +33,10 @@ contiguous.
 {SCALES}
 Division    in fp32 (fp64 for fp64), rounded before it is encoded. A product with the reciprocal is not the same: on
             bf16 inputs ties are common, and some would fall on the other side.
-Overflow    as in hif8_encode; it takes a given amax that is too small."""
+Overflow    as in hif8_encode; it takes a given amax that is too small.
+Carried     codes are E4M3 numbers instead: 2^n times each value, rounded to even where E4M3 has no such number, with
+            s / 2^n for the scale; n is the largest power by which scale_max stays within 448: 4 for 15, 1 for 224.
+            What lies beyond 448 is NaN."""
 
 FAKE_QUANTIZE = f"""\
 The round trip y = decode(code) * s, with code and s as in hif8_quantize: product in fp32 (fp64 for fp64), then one
@@ -55,6 +58,7 @@ class QuantizeRequest:
     scale_mode: ScaleMode = "amax"
     granularity: Granularity = "tensor"
     given_amax: bool = False
+    carried: bool = False
 
 
 # ---- inputs
@@ -123,6 +127,7 @@ def _quantize_inputs(case: Case) -> dict[str, Any]:
         "scale_max": request.scale_max,
         "scale_mode": request.scale_mode,
         "granularity": request.granularity,
+        "carried": request.carried,
     }
     if case.options.get("backward"):
         named["grad_scale_max"] = case.options["grad_scale_max"]
@@ -135,12 +140,15 @@ def _quantize_oracle(named: Mapping[str, Any]) -> dict[str, Tensor]:
     values, scale = oracle.quantized(
         named["x"], named["scale_max"], named["scale_mode"], named["granularity"], named["amax"]
     )
+    if named["carried"]:
+        numbers, power = oracle.carried(values, named["scale_max"])
+        return {"codes": numbers, "scale": scale.double() / power}
     return {"codes": oracle.codes_of(values), "scale": scale.double()}
 
 
 def _quantize_yardstick(named: Mapping[str, Any]) -> dict[str, Tensor]:
     found = _quantize_oracle(named)
-    return {"codes": found["codes"], "scale": found["scale"].float()}
+    return found | {"scale": found["scale"].float()}
 
 
 def _round_trip(x: Tensor, scale_max: float, named: Mapping[str, Any], amax: Tensor | None) -> Tensor:
@@ -168,8 +176,8 @@ def _settings(named: Mapping[str, Any]) -> dict[str, Any]:
 def _call_quantize(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
     from ospnext import ops
 
-    codes, scale = through(ops.hif8_quantize)(named["x"], **_settings(named))
-    return {"codes": codes, "scale": scale}
+    codes, scale = through(ops.hif8_quantize)(named["x"], carried=named["carried"], **_settings(named))
+    return {"codes": codes.float() if named["carried"] else codes, "scale": scale}
 
 
 def _call_fake_quantize(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
@@ -210,8 +218,20 @@ _SCALED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("huge", "huge", "fp32", {}),
     ("overflow", "", "bf16", {"given_amax": True, "scale_mode": "pow2"}),
 )
+#: Carried codes are as exact as HiFloat8 ones. "wide" has values that E4M3 rounds, and zero.
+_CARRIED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("carried", "", "bf16 fp32", {}),
+    ("carried-row", "", "bf16 fp32", {"granularity": "row"}),
+    ("carried-224", "", "bf16", {"scale_max": 224.0}),
+    ("carried-ties", "ties", "bf16", {"scale_mode": "pow2"}),
+    ("carried-wide", "wide", "fp32", {"scale_mode": "pow2"}),
+    ("carried-row-wide", "wide", "bf16", {"scale_mode": "pow2", "granularity": "row"}),
+    ("carried-zerorow", "zerorow", "bf16", {"granularity": "row"}),
+    ("carried-nan-row", "nan", "bf16", {"granularity": "row"}),
+    ("carried-given", "", "bf16", {"given_amax": True}),
+)
 _SIZES = (("1x1", (1, 1)), ("0x7", (0, 7)), ("7x0", (7, 0)), ("c13824", (3, 13_824)), ("n75600", (1, 75_600, 17)))
-_CROSSED = ("tensor", "row")
+_CROSSED = ("tensor", "row", "carried-row")
 
 
 def _quantize_cases() -> Iterator[Case]:
@@ -219,11 +239,17 @@ def _quantize_cases() -> Iterator[Case]:
         request = QuantizeRequest("cpu", DTYPES[tag], tuple(shape), **settings)
         options = {"kind": kind} | ({"factor": 1e-4} if words == "overflow" else {})
         crossed = words in _CROSSED and tag in ("bf16", "fp32")
-        return Case(f"hif8_quantize/required/{tag}-{words}", "required", request, options, crossed=crossed)
+        # Nothing asks every device to have FP8.
+        level: Level = "optional" if request.carried else "required"
+        name = f"hif8_quantize/{level}/{tag}-{words}"
+        return Case(name, level, request, options, crossed=crossed, exact=request.carried)
 
     for words, kind, tags, settings in _SCALED:
         for tag in tags.split():
             yield case(words, tag, kind, SHAPE, settings)
+    for words, kind, tags, settings in _CARRIED:
+        for tag in tags.split():
+            yield case(words, tag, kind, SHAPE, settings | {"carried": True})
     # What only division gives: bf16 values on ties, or next to them. Hardware that multiplies says so by failing.
     request, options = QuantizeRequest("cpu", torch.bfloat16, (512, 93), granularity="row"), {"kind": "", "ties": True}
     yield Case("hif8_quantize/optional/bf16-division", "optional", request, options)
@@ -264,7 +290,7 @@ CONTRACTS: tuple[Contract, ...] = (
         yardstick=_quantize_yardstick,
         call=_call_quantize,
         cases=_quantize_cases,
-        library_calls=lambda named: iter([(op("hif8_quantize"), _arguments(named))]),
+        library_calls=lambda named: iter([(op("hif8_quantize"), (*_arguments(named), named["carried"]))]),
     ),
     quantize_contract(
         "hif8_fake_quantize",

@@ -64,6 +64,19 @@ def decoded(codes: Tensor) -> Tensor:
     return table[codes.long()]
 
 
+def carried(values: Tensor, scale_max: float) -> tuple[Tensor, float]:
+    """(2^n times each value as E4M3 has it, in fp64; 2^n): three bits of mantissa, steps of 2^-9 at least, ties to
+    even, nothing beyond 448.
+    """
+    power = 2.0 ** min(8, max(0, math.floor(math.log2(448 / scale_max))))
+    magnitude = values.double().abs() * power
+    _, exponent = torch.frexp(torch.where(torch.isfinite(magnitude), magnitude, 1.0))
+    step = torch.exp2((exponent.double() - 4).clamp_min(-9))
+    numbers = torch.round(magnitude / step) * step
+    numbers = torch.where(numbers <= 448, numbers, math.nan)
+    return torch.where(values < 0, -numbers, numbers), power
+
+
 def amax_of(x: Tensor, granularity: str) -> Tensor:
     """Largest magnitude in fp32, with every dimension that it was taken over kept as 1. Nothing at all has 0."""
     if granularity == "tensor":

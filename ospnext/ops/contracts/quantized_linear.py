@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ospnext.ops.contract import Case, Through, as_is
+from ospnext.ops.contract import Case, Level, Through, as_is
 from ospnext.ops.contracts import quantize_oracle as oracle
 from ospnext.ops.contracts.hif8_cast import DTYPES, generator_of, op, quantize_contract
 from ospnext.ops.recipe import Accumulate, HiF8Recipe, LinearGranularity
@@ -23,7 +23,7 @@ them. x [..., K], weight [N, K], bias [N], y [..., N] in the dtype of the unquan
 tokens, and no features to add up, are legal.
 
 Sum         of grid values, whose products are exact in fp32, in fp32 or, as far as the dtype of the result can tell,
-            better; in fp64 on request and for fp64.
+            better; in fp64 on request and for fp64. accumulate="fast" allows sums that keep 14 bits.
 Order       sum, then scales in fp32, then the bias, then one rounding to the dtype of y.
 Scales      per tensor; or of x per row and of the weight per row (output feature). They act by IEEE arithmetic: 0 gives
             0, and NaN where a sum is Inf; Inf gives Inf, and NaN where a sum is 0.
@@ -33,7 +33,8 @@ Backward    g = hif8_quantize(dy, scale_max=grad_scale_max), once, serves all: d
             refused.
 Saved       codes and scales.
 Range       Decoded codes of x and weight are at most scale_max in magnitude, of the gradient grad_scale_max, as
-            quantizers make them. An implementation may give NaN for larger ones, and for Inf."""
+            quantizers make them. An implementation may give NaN for larger ones, and for Inf.
+Carried     codes of x and weight may both be E4M3 numbers (see hif8_quantize); then there is no backward pass."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class QuantizedLinearRequest:
     scale_max: float = 15.0
     grad_scale_max: float = 224.0
     backward: bool = False
+    carried: bool = False
 
 
 # ---- inputs
@@ -94,6 +96,9 @@ def _inputs(case: Case) -> dict[str, Any]:
         )
         named["weight"] = oracle.codes_of(values)
         named["weight_scale"] = scale if options["stored"] is True else torch.full_like(scale, options["stored"])
+        if request.carried:
+            numbers, power = oracle.carried(values, recipe.scale_max)
+            named["weight"], named["weight_scale"] = numbers.to(torch.float8_e4m3fn), named["weight_scale"] / power
     named["bias"] = random(features).to(weight_dtype) if request.bias else None
     if request.backward:
         if case.exact:
@@ -115,7 +120,11 @@ def _evaluate(named: Mapping[str, Any], product: Any, wide: torch.dtype) -> dict
     x, weight, bias = named["x"], named["weight"], named["bias"]
     tokens = x.shape[:-1]
     x_values, x_scale = oracle.quantized(x, recipe.scale_max, recipe.scale_mode, recipe.granularity)
-    if "weight_scale" in named:
+    if weight.dtype == torch.float8_e4m3fn:
+        w_values, w_scale = weight.double(), named["weight_scale"]
+        x_values, power = oracle.carried(x_values, recipe.scale_max)
+        x_scale = x_scale / power
+    elif "weight_scale" in named:
         w_values, w_scale = oracle.decoded(weight), named["weight_scale"]
     else:
         w_values, w_scale = oracle.quantized(weight, recipe.scale_max, recipe.scale_mode, recipe.granularity)
@@ -144,12 +153,15 @@ def _oracle(named: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _yardstick(named: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Sums in fp32 from the last element to the first, 16 at a time."""
+    """Sums in fp32 from the last element to the first, 16 at a time; 32 at a time and cut to 14 bits for "fast"."""
+    fast = named["recipe"].accumulate == "fast"
+    step = 32 if fast else 16
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         total = a.new_zeros(len(a), len(b))
-        for left, right in zip(reversed(a.split(16, dim=1)), reversed(b.split(16, dim=1)), strict=True):
+        for left, right in zip(reversed(a.split(step, dim=1)), reversed(b.split(step, dim=1)), strict=True):
             total = total + left @ right.mT
+            total = _cut(total) if fast else total
         return total
 
     dtype = named["x"].dtype
@@ -160,14 +172,20 @@ def _yardstick(named: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value.to(of_parameters.get(name) or dtype) for name, value in found.items()}
 
 
+def _cut(x: Tensor) -> Tensor:
+    """fp32 numbers without all but the first 13 bits of their fractions."""
+    return (x.view(torch.int32) & ~0x3FF).view(torch.float32)
+
+
 def _call(named: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
     from ospnext import ops
 
-    leaves = {k: named[k] for k in ("x", "weight", "bias") if named[k] is not None and named[k].is_floating_point()}
+    names = ("x", "bias") if "weight_scale" in named else ("x", "weight", "bias")
+    leaves = {name: named[name] for name in names if named[name] is not None}
     if "grad_out" in named:
         leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
     weight = leaves.get("weight")
-    if weight is None:
+    if "weight_scale" in named:
         weight = ops.Quantized(named["weight"], named["weight_scale"])
     out = through(ops.quantized_linear)(leaves["x"], weight, leaves.get("bias"), recipe=named["recipe"])
     found = {"out": out.detach()}
@@ -181,13 +199,15 @@ def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, .
     recipe: HiF8Recipe = named["recipe"]
     quantize, with_gradient = op("hif8_quantize"), "grad_out" in named
 
+    x, weight, bias = (named[key] for key in ("x", "weight", "bias"))
+    carried = weight.dtype == torch.float8_e4m3fn
+
     def quantized(t: Tensor, scale_max: float) -> tuple[Tensor, Tensor]:
-        return quantize(t, None, scale_max, recipe.scale_mode, recipe.granularity)
+        return quantize(t, None, scale_max, recipe.scale_mode, recipe.granularity, carried)
 
     def leaf(t: Tensor | None) -> Tensor | None:
-        return t.detach().requires_grad_(with_gradient) if t is not None and t.is_floating_point() else None
+        return t.detach().requires_grad_(with_gradient) if t is not None else None
 
-    x, weight, bias = (named[key] for key in ("x", "weight", "bias"))
     of_x = quantized(x, recipe.scale_max)
     stored = "weight_scale" in named
     of_weight = (weight, named["weight_scale"]) if stored else quantized(weight, recipe.scale_max)
@@ -195,8 +215,8 @@ def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, .
     yield (
         op("quantized_linear"),
         (
-            *(leaf(x), *of_x, leaf(weight), *of_weight, leaf(bias)),
-            *(recipe.accumulate, *scales, recipe.scale_mode, recipe.bias_grad, ""),
+            *(leaf(x), *of_x, None if stored else leaf(weight), *of_weight, leaf(bias)),
+            *(x.dtype, recipe.accumulate, *scales, recipe.scale_mode, recipe.bias_grad, ""),
         ),
     )
     if with_gradient:
@@ -239,10 +259,12 @@ def _case(
         scale_max=recipe.scale_max,
         grad_scale_max=recipe.grad_scale_max,
         backward=backward,
+        carried=options.get("carried", False),
     )
     options |= {"recipe": recipe, "tokens": tokens}
-    name = f"quantized_linear/required/{tag}-{words}"
-    return Case(name, "required", request, options, crossed=crossed, exact=exact)
+    # Nothing asks every device to have FP8.
+    level: Level = "optional" if request.carried else "required"
+    return Case(f"quantized_linear/{level}/{tag}-{words}", level, request, options, crossed=crossed, exact=exact)
 
 
 def _cases() -> Iterator[Case]:
@@ -273,13 +295,27 @@ def _cases() -> Iterator[Case]:
     aligned: dict[str, Any] = {"tokens": (2, 56), "features": 96, "inner": 112}
     yield _case("aligned-fp32weight-backward", "bf16", **aligned, backward=True, weight_dtype=torch.float32)
     # Long sums are where tensor cores that add with few bits would show.
-    yield _case("aligned-k13824", "bf16", tokens=(7,), features=48, inner=13_824)
+    long: dict[str, Any] = {"tokens": (7,), "features": 48, "inner": 13_824}
+    yield _case("aligned-k13824", "bf16", **long)
     yield _case("k13824", "fp32", tokens=(7,), features=33, inner=13_824)
     yield _case("m32768-backward", "fp32", tokens=(32_768,), features=5, inner=9, backward=True)
     yield _case("tiles-backward", "bf16", tokens=(512,), features=384, inner=256, backward=True)
     wide = HiF8Recipe(accumulate="fp64")
     yield _case("accumulate64-k13824", "fp32", tokens=(7,), features=33, inner=13_824, recipe=wide)
     yield _case("backward", "fp64", backward=True)
+    stored: dict[str, Any] = {"stored": True, "carried": True}
+    for tag in ("bf16", "fp32"):
+        yield _case("carried", tag, **stored)
+        yield _case("carried-row", tag, **stored, recipe=PER_ROW)
+        yield _case("carried-aligned", tag, **aligned, **stored, crossed=True)
+        yield _case("carried-aligned-row", tag, **aligned, **stored, recipe=PER_ROW, crossed=True)
+    yield _case("carried-aligned-row-nobias", "bf16", **aligned, **stored, bias=False, recipe=PER_ROW)
+    yield _case("carried-aligned-row-m0", "bf16", **aligned | {"tokens": (0,)}, **stored, recipe=PER_ROW)
+    yield _case("carried-aligned-row-k13824", "bf16", **long, **stored, recipe=PER_ROW)
+    yield _case("aligned-k13824-row", "bf16", **long, recipe=PER_ROW)
+    fast, fast_row = (HiF8Recipe(granularity=g, accumulate="fast") for g in get_args(LinearGranularity))
+    yield _case("carried-fast", "bf16", **aligned, **stored, recipe=fast)
+    yield _case("carried-fast-row-k13824", "bf16", **long, **stored, recipe=fast_row)
     yield _case("scale0", "fp32", stored=0.0)
     yield _case("scaleinf", "fp32", stored=math.inf)
     yield _case("scalenan", "fp32", stored=math.nan)
