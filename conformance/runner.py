@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ospnext.errors import ConfigError
+from ospnext.errors import ConfigError, UnsupportedRequestError
 from ospnext.ops import use_backend
 from ospnext.ops.contract import Contract
-from ospnext.ops.policy import Policy, require_available
+from ospnext.ops.policy import COMPOSITE, Policy, require_available
 from ospnext.ops.registry import ANY_DEVICE, registry
 from ospnext.ops.select import Decision, select
 
@@ -95,8 +95,8 @@ def run_step(step: Step, backend: str, device: torch.device) -> Result:
         result = replace(result, verdicts=verdicts, status="fail" if wrong else "pass", message="; ".join(wrong))
     except CheckFailure as failure:
         result = replace(result, status="fail", message=str(failure))
-    except Exception:
-        result = replace(result, status="error", message=_tail(traceback.format_exc()))
+    except Exception as error:
+        result = _raised(result, error)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -124,6 +124,14 @@ def _refused(result: Result, decision: Decision) -> Result:
         why = "; ".join(reasons) or "the backend declares no implementation"
         return replace(result, status="fail", reasons=reasons, message=f"required, and nothing takes it: {why}")
     return replace(result, status="unsupported", reasons=reasons or ("no_implementation: none declared",))
+
+
+def _raised(result: Result, error: Exception) -> Result:
+    """An error; or an answer, where an optional definition is made of operators of which the backend has not all."""
+    refused = isinstance(error, UnsupportedRequestError) and result.implementation == COMPOSITE
+    if refused and result.level != "required":
+        return replace(result, status="unsupported", reasons=(f"{COMPOSITE}: {str(error).splitlines()[0]}",))
+    return replace(result, status="error", message=_tail(traceback.format_exc()))
 
 
 def _tail(text: str) -> str:

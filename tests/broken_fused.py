@@ -4,10 +4,15 @@ reports of users whom the fault hurt.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 
+from ospnext.backends.reference.quantize import fake_quantize, quantize
+from ospnext.numerics.carrier import shift_for
 from ospnext.ops.contracts import CONTRACTS
+from ospnext.ops.contracts import fused_definitions as define
 
 
 class Honest:
@@ -17,6 +22,11 @@ class Honest:
         self.operator = operator or self.operator
 
     operator = ""
+
+    @property
+    def names(self):
+        """Of the arguments of `forward`."""
+        return inspect.signature(self.definition.forward).parameters
 
     @property
     def definition(self):
@@ -51,8 +61,8 @@ class RopeBackwardTurnsForward(Honest):
 
     operator = "rope"
 
-    def backward(self, grad, x, cos, sin):
-        return self.forward(grad, cos, sin), None, None
+    def backward(self, grad, *args):
+        return super().backward(grad, *(-a if name == "sin" else a for name, a in zip(self.names, args, strict=True)))
 
 
 # ---- rms_norm
@@ -73,8 +83,8 @@ class RmsWeightDropped(Honest):
 
     operator = "rms_norm"
 
-    def forward(self, x, weight, eps):
-        return super().forward(x, torch.ones_like(weight), eps)
+    def forward(self, x, weight, *rest):
+        return super().forward(x, torch.ones_like(weight), *rest)
 
 
 class RoundsBetweenSteps(Honest):
@@ -109,8 +119,53 @@ class WeightGradientOfOneSample(Honest):
 
     operator = "rms_norm"
 
-    def backward(self, grad, x, weight, eps):
-        return super().backward(grad, x, weight, eps)[0], super().backward(grad[:1], x[:1], weight, eps)[1], None
+    def backward(self, grad, x, weight, *rest):
+        dx, _, *constants = super().backward(grad, x, weight, *rest)
+        return dx, super().backward(grad[:1], x[:1], weight, *rest)[1], *constants
+
+
+# ---- rms_norm_rope
+
+
+class HalvesTurned(Honest):
+    """Channel i of a head is paired with i + D/2, as other models do it."""
+
+    operator = "rms_norm_rope"
+
+    def forward(self, x, weight, cos, sin, eps):
+        heads = define.rms_norm(x.float(), weight, eps).unflatten(-1, (-1, 2 * cos.shape[1]))
+        return WrongRopePairing().forward(heads, cos, sin).to(x.dtype)
+
+
+class TurnsWhatIsNotNormed(Honest):
+    """The turn reads x once more, as it was before the norm."""
+
+    operator = "rms_norm_rope"
+
+    def forward(self, x, weight, cos, sin, eps):
+        return define.rope((x * weight).unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin)
+
+
+class TurnsBeforeTheNorm(Honest):
+    """The norm is that of turned channels, so that weights meet the wrong ones."""
+
+    operator = "rms_norm_rope"
+
+    def forward(self, x, weight, cos, sin, eps):
+        turned = define.rope(x.float().unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin)
+        return define.rms_norm(turned.flatten(-2), weight, eps).view_as(turned).to(x.dtype)
+
+
+class NormOfEachHead(Honest):
+    """The mean is over the channels of a head, not over all of a token."""
+
+    operator = "rms_norm_rope"
+
+    def forward(self, x, weight, cos, sin, eps):
+        shape = -1, 2 * cos.shape[1]
+        heads, weight = x.float().unflatten(-1, shape), weight.float().unflatten(0, shape)
+        normed = define.rms_norm(heads, torch.ones_like(weight[0]), eps) * weight
+        return define.rope(normed, cos, sin).to(x.dtype)
 
 
 # ---- layer_norm_modulate
@@ -220,3 +275,147 @@ class LosesTokensPast65535(Honest):
         out = super().forward(*args)
         out[:, 65_535:] = 0
         return out
+
+
+# ---- quantized results
+
+
+class Quantizing(Honest):
+    """The plain definition and the quantizer of the reference, in steps that can be broken."""
+
+    def forward(self, *args):
+        *operands, scale_max, scale_mode, granularity, carried = args
+        return self.quantize(self.plain(*operands), scale_max, scale_mode, granularity, carried)
+
+    def plain(self, *operands):
+        return CONTRACTS[f"fused.{self.operator.removesuffix('_quantize')}"].composite.forward(*operands)
+
+    def quantize(self, y, scale_max, scale_mode, granularity, carried, amax=None):
+        scaling = {"scale_max": scale_max, "scale_mode": scale_mode, "granularity": granularity}
+        return quantize(y, amax, carried=carried, **scaling)
+
+
+class ScaleOfTheTensor(Quantizing):
+    """One scale for all rows, from the largest magnitude of the tensor."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def quantize(self, y, *scaling):
+        return super().quantize(y, *scaling, amax=y.abs().amax().float().expand(*y.shape[:-1], 1))
+
+
+class QuantizesBeforeModulation(Quantizing):
+    """The norm makes a round trip before it is modulated."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def forward(self, x, weight, bias, shift, scale, eps, scale_max, scale_mode, granularity, carried):
+        y = self.plain(x, weight, bias, None, None, eps)
+        y = fake_quantize(y, None, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity)
+        if scale is not None:
+            y = (y * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(x.dtype)
+        return self.quantize(y, scale_max, scale_mode, granularity, carried)
+
+
+class ScaleBeforeModulation(Quantizing):
+    """The largest magnitude is that of the norm before it is modulated."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def forward(self, x, weight, bias, shift, scale, eps, *scaling):
+        amax = self.plain(x, weight, bias, None, None, eps).abs().amax(-1, keepdim=True).float()
+        return self.quantize(self.plain(x, weight, bias, shift, scale, eps), *scaling, amax=amax)
+
+
+class CarriedScaleNotDivided(Quantizing):
+    """Carried codes come with the scale of the HiFloat8 ones."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def quantize(self, y, scale_max, scale_mode, granularity, carried):
+        codes, scale = super().quantize(y, scale_max, scale_mode, granularity, carried)
+        return codes, scale * 2.0 ** shift_for(scale_max) if carried else scale
+
+
+class CarriedForgotten(Quantizing):
+    """Codes are HiFloat8 ones, whatever was asked for."""
+
+    operator = "gelu_tanh_quantize"
+
+    def quantize(self, y, scale_max, scale_mode, granularity, carried):
+        return super().quantize(y, scale_max, scale_mode, granularity, False)
+
+
+class ScaleSettingsForgotten(Quantizing):
+    """Scales are those of the usual settings."""
+
+    operator = "gelu_tanh_quantize"
+
+    def quantize(self, y, scale_max, scale_mode, granularity, carried):
+        return super().quantize(y, 15.0, "amax", granularity, carried)
+
+
+class CodesOfX(Quantizing):
+    """The scale is that of the result, the codes are those of what went in."""
+
+    operator = "gelu_tanh_quantize"
+
+    def forward(self, x, *scaling):
+        amax = self.plain(x).abs().amax(-1, keepdim=True).float()
+        return self.quantize(x, *scaling, amax=amax)
+
+
+class NanIsNotTheLargest(Quantizing):
+    """The largest magnitude passes over NaN, which so reaches its own code only."""
+
+    operator = "gelu_tanh_quantize"
+
+    def quantize(self, y, *scaling):
+        return super().quantize(y, *scaling, amax=y.nan_to_num(0.0).abs().amax(-1, keepdim=True).float())
+
+
+class NanOfOneRowInAll(Quantizing):
+    """One row that is not finite makes every scale NaN."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def quantize(self, y, *scaling):
+        codes, scale = super().quantize(y, *scaling)
+        return codes, scale + 0 * scale.sum()
+
+
+class ScaleOfTheFirstRow(Quantizing):
+    """The scale for all is that of the first row of each sample."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def quantize(self, y, scale_max, scale_mode, granularity, carried):
+        amax = y[:1, :1].abs().amax(-1, keepdim=True).float() if granularity == "tensor" else None
+        return super().quantize(y, scale_max, scale_mode, granularity, carried, amax=amax)
+
+
+class ZeroRowHasNoScale(Quantizing):
+    """A row of zeros is scaled by next to nothing, as if its largest magnitude were the smallest that counts."""
+
+    operator = "gelu_tanh_quantize"
+
+    def quantize(self, y, *scaling):
+        return super().quantize(y, *scaling, amax=y.abs().amax(-1, keepdim=True).float().clamp_min(1e-12))
+
+
+class QuantizedInPlace(Quantizing):
+    """Writes the result before quantization over x."""
+
+    operator = "layer_norm_modulate_quantize"
+
+    def plain(self, x, *rest):
+        return x.copy_(super().plain(x, *rest))
+
+
+class LosesRowsPast65535(Quantizing):
+    """Codes of rows beyond the limit of a grid are never written."""
+
+    def quantize(self, y, *scaling):
+        codes, scale = super().quantize(y, *scaling)
+        codes[:, 65_535:] = 0
+        return codes, scale

@@ -88,8 +88,14 @@ class CountedComposite:
 
 
 one, two, raising = Constant(1.0), Constant(2.0), Raising()
-FUSED = ("rms_norm", "layer_norm_modulate", "rope", "gate_residual", "gelu_tanh")
-rms_norm, layer_norm_modulate, rope, gate_residual, gelu_tanh = (CountedComposite(name, strided=True) for name in FUSED)
+FUSED = ("rms_norm", "layer_norm_modulate", "rope", "rms_norm_rope", "gate_residual", "gelu_tanh")
+rms_norm, layer_norm_modulate, rope, rms_norm_rope, gate_residual, gelu_tanh = (
+    CountedComposite(name, strided=True) for name in FUSED
+)
+#: With a quantized result: not of `fused_backend`, whose attention is all it has besides.
+layer_norm_modulate_quantize, gelu_tanh_quantize = (
+    CountedComposite(f"{name}_quantize") for name in ("layer_norm_modulate", "gelu_tanh")
+)
 
 EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ospnext.conformance import models, oracle_sparse
@@ -77,17 +78,18 @@ def test_rotary_tables_in_raster_order_are_found_in_the_first_block(tag, monkeyp
 
 @pytest.mark.parametrize("tag", ["fp32", "bf16"])
 def test_a_rope_of_half_split_pairs_is_found_everywhere(tag, monkeypatch):
-    contract = fused._CONTRACTS["rope"]
-    broken = dataclasses.replace(contract.composite, forward=rope_of_halves)
-    monkeypatch.setitem(fused._CONTRACTS, "rope", dataclasses.replace(contract, composite=broken))
+    contract = fused._CONTRACTS["rms_norm_rope"]
+    broken = dataclasses.replace(contract.composite, forward=rms_norm_rope_of_halves)
+    monkeypatch.setitem(fused._CONTRACTS, "rms_norm_rope", dataclasses.replace(contract, composite=broken))
     found = failures(f"dual_end-k2-{tag}-blocks")
     assert len(found) == 9
     assert failures(f"dual_end-k2-{tag}-sampling") == ["latents1", "latents2", "latents3", "latents4"]
     assert {"dblocks.0.self_attn.q.weight", "dlatents"} <= set(failures(f"dual_end-k2-{tag}-backward"))
 
 
-def rope_of_halves(x_BNHD: Tensor, cos_NP: Tensor, sin_NP: Tensor) -> Tensor:
-    """Channel i is paired with i + D/2, as other models do it."""
-    first, second = x_BNHD.float().chunk(2, dim=-1)
+def rms_norm_rope_of_halves(x_BNC: Tensor, weight: Tensor, cos_NP: Tensor, sin_NP: Tensor, eps: float) -> Tensor:
+    """Channel i of a head is paired with i + D/2, as other models do it."""
+    normed_BNHD = F.rms_norm(x_BNC.float(), weight.shape, weight.float(), eps).unflatten(-1, (-1, 2 * cos_NP.shape[1]))
+    first, second = normed_BNHD.chunk(2, dim=-1)
     cos, sin = cos_NP[:, None], sin_NP[:, None]
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x_BNHD.dtype)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x_BNC.dtype)

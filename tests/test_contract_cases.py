@@ -25,7 +25,8 @@ CASES = {
     for case in contract.cases()
 }
 ATTENTION = [name for name in CASES if name.startswith("attention/")]
-FUSED = [name for name in CASES if name.startswith("fused.")]
+#: Those that end in quantization have tests of their own, test_fused_quantize.py.
+FUSED = [name for name, (contract, _) in CASES.items() if contract.family == "fused" and contract.composite.backward]
 OPERANDS = {"affine": "weight", "modulated": "shift", "gated": "gate", "permuted": "permutation"}
 
 
@@ -140,11 +141,11 @@ def test_inputs_of_fused(name):
     assert ("grad_out" in inputs) == request.backward == ("backward" in said)
     for feature, operand in OPERANDS.items():
         assert getattr(request, feature) == (feature in said)
-        if operand in inputs and contract.name != "fused.rms_norm":  # that one always has a weight
+        if operand in inputs and not contract.name.startswith("fused.rms_norm"):  # which always has a weight
             assert (inputs[operand] is not None) == (feature in said)
     assert (x.shape[1] == 75_600) == ("n75600" in said)
     assert (x.shape[2:].numel() == 5120) == ("c5120" in said)
-    if contract.name.endswith("norm") or "layer_norm" in contract.name:
+    if "norm" in contract.name:
         assert (x.double().var() < 4 * inputs["eps"]) == ("small" in said)  # only then does eps count
     if inputs.get("permutation") is not None:
         order = inputs["permutation"]
@@ -224,6 +225,9 @@ INDEPENDENT = {
     "fused.rms_norm": lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
     "fused.layer_norm_modulate": _layer_norm,
     "fused.rope": _rotation,
+    "fused.rms_norm_rope": lambda x, weight, cos, sin, eps: _rotation(
+        F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin
+    ),
     "fused.gate_residual": _gate,
     "fused.gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }

@@ -86,7 +86,7 @@ def everything(x_BNC, weight, shift_BC, cos, sin, permutation, cu_seqlens):
     """A function that calls every operator once."""
     y = ops.layer_norm_modulate(x_BNC, shift_BC=shift_BC, scale_BC=shift_BC)
     q = ops.rope(ops.rms_norm(y, weight).unflatten(-1, (2, -1)), cos, sin)
-    dense = ops.attention(q, q, q)
+    dense = ops.attention(q, ops.rms_norm_rope(y, weight, cos, sin), q)
     packed = ops.attention_packed(
         *(q.flatten(0, 1),) * 3, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=7, max_seqlen_kv=7
     )

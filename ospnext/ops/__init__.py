@@ -2,11 +2,22 @@
 
 from ospnext.ops import collective
 from ospnext.ops.attention import attention, attention_packed
-from ospnext.ops.fused import bind, gate_residual, gelu_tanh, layer_norm_modulate, rms_norm, rope
+from ospnext.ops.fused import (
+    bind,
+    gate_residual,
+    gelu_tanh,
+    gelu_tanh_quantize,
+    layer_norm_modulate,
+    layer_norm_modulate_quantize,
+    linear_gelu_tanh,
+    rms_norm,
+    rms_norm_rope,
+    rope,
+)
 from ospnext.ops.policy import Policy, current_policy, use_backend
 from ospnext.ops.quantize import Quantized, hif8_decode, hif8_encode, hif8_fake_quantize, hif8_quantize
 from ospnext.ops.quantized_attention import quantized_attention
-from ospnext.ops.quantized_linear import quantized_linear
+from ospnext.ops.quantized_linear import prefers_carried, quantized_linear
 from ospnext.ops.recipe import HiF8Recipe
 
 __all__ = [
@@ -20,14 +31,19 @@ __all__ = [
     "current_policy",
     "gate_residual",
     "gelu_tanh",
+    "gelu_tanh_quantize",
     "hif8_decode",
     "hif8_encode",
     "hif8_fake_quantize",
     "hif8_quantize",
     "layer_norm_modulate",
+    "layer_norm_modulate_quantize",
+    "linear_gelu_tanh",
+    "prefers_carried",
     "quantized_attention",
     "quantized_linear",
     "rms_norm",
+    "rms_norm_rope",
     "rope",
     "use_backend",
 ]

@@ -47,10 +47,16 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Interval:
-    """fp64 oracle of a result that is rounded to a coarse grid after it was computed: any value in here is right."""
+    """fp64 oracle of a result that is rounded coarsely, after it was computed or on the way: any value in here is
+    right, and NaN where the ends are.
+
+    With an `rms`, all elements together must be nearer than that to the middles: their difference as root mean square,
+    over that of the middles.
+    """
 
     low: Tensor
     high: Tensor
+    rms: float | None = None
 
     def numel(self) -> int:
         return self.low.numel()
@@ -108,11 +114,16 @@ def judge_interval(actual: Tensor, oracle: Interval, dtype: torch.dtype) -> Verd
             f"result is {actual.dtype} {tuple(actual.shape)}, the contract asks for {dtype} {tuple(oracle.low.shape)}"
         )
     y = actual.detach().to("cpu", torch.float64)
-    outside = (oracle.low - y).clamp_min(0) + (y - oracle.high).clamp_min(0)
-    largest = _largest(torch.maximum(oracle.low.abs(), oracle.high.abs()))
+    usual = torch.isfinite(oracle.low)
+    finite = bool(torch.isfinite(y[usual]).all() and y[~usual].isnan().all())
+    y, low, high = y[usual], oracle.low[usual], oracle.high[usual]
+    outside = (low - y).clamp_min(0) + (y - high).clamp_min(0)
+    largest = _largest(torch.maximum(low.abs(), high.abs()))
     rounding = 2 * UNIT_ROUNDOFF[dtype] * largest
-    finite = bool(torch.isfinite(y).all())
-    return Verdict(_largest(outside), rounding, _rms(outside), rounding, finite)
+    if oracle.rms is None:
+        return Verdict(_largest(outside), rounding, _rms(outside), rounding, finite)
+    middle = (low + high) / 2
+    return Verdict(_largest(outside), rounding, _rms(y - middle) / (_rms(middle) or 1.0), oracle.rms, finite)
 
 
 def judge_exact(actual: Tensor, oracle: Tensor) -> Verdict:
@@ -142,11 +153,11 @@ def _finite_part(actual: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _largest(difference: Tensor) -> float:
-    return difference.abs().max().item()
+    return difference.abs().max().item() if difference.numel() else 0.0
 
 
 def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
+    return values.square().mean().sqrt().item() if values.numel() else 0.0
 
 
 def ratio(error: float, bound: float) -> float:

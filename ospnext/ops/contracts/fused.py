@@ -36,11 +36,11 @@ class FusedRequest:
 @dataclass(frozen=True)
 class Composite:
     """A definition in plain PyTorch: `forward(*args)`, and `backward(grad, *args)` -> one gradient per argument, None
-    where it has none.
+    where it has none. Without a `backward` nothing has one.
     """
 
-    forward: Callable[..., Tensor]
-    backward: Callable[..., Sequence[Tensor | None]]
+    forward: Callable[..., Any]
+    backward: Callable[..., Sequence[Tensor | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class Sizes:
     C: int = 96
     head_dim: int = 32
     magnitude: float = 1.0
+
+
+Shape = Callable[[Sizes], tuple[int, ...]]
+
+
+def tokens(at: Sizes) -> tuple[int, int, int]:
+    return at.B, at.N, at.C
+
+
+def heads(at: Sizes) -> tuple[int, int, int, int]:
+    return at.B, at.N, at.C // at.head_dim, at.head_dim
 
 
 Features = frozenset[str]
@@ -99,8 +110,22 @@ dtype of x, contiguous.
 
 def _rope_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
     angles = randn(at.N, at.head_dim // 2).double()
-    x = randn(at.B, at.N, at.C // at.head_dim, at.head_dim)
-    return {"x": x, "cos": angles.cos().float(), "sin": angles.sin().float()}
+    return {"x": randn(*heads(at)), "cos": angles.cos().float(), "sin": angles.sin().float()}
+
+
+# ---- rms_norm_rope
+# ----------------------------------------------------------------------------------------------------------------------
+
+RMS_NORM_ROPE = """\
+y = rope(heads of rms_norm(x)): the norm is over all channels of a token, the turn within each head. x [B, N, C], weight
+[C]; cos and sin [N, D/2], constants without gradient; D divides C, and y [B, N, C/D, D] has the dtype of x, contiguous.
+In between nothing is rounded.
+"""
+
+
+def _rms_norm_rope_operands(at: Sizes, features: Features, randn: Randn) -> dict[str, Any]:
+    normed, turned = (operands(at, features, randn) for operands in (_rms_norm_operands, _rope_operands))
+    return {"x": normed["x"], "weight": normed["weight"], "cos": turned["cos"], "sin": turned["sin"], "eps": 1e-6}
 
 
 # ---- gate_residual
@@ -134,16 +159,19 @@ def _gelu_tanh_operands(at: Sizes, features: Features, randn: Randn) -> dict[str
 # ---- cases and contracts
 # -------------------------------------------------------------------------------------------------------
 
-#: Gradients of parameters add up every token, in an order each kernel chooses: PyTorch's CUDA layer norm needs 3.3
-#: times the error of the yardstick (fp32, dweight, one gradient for all).
-PARAMETER_GRADIENT_FACTOR = 4.0
+#: Gradients of parameters add up every token, in an order each kernel chooses: where one gradient serves all tokens,
+#: PyTorch's CUDA layer norm needs 3.3 times the error of the yardstick (fp32, dweight), and the plain definition on a
+#: GPU 4.2 times.
+PARAMETER_GRADIENT_FACTOR = 5.0
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-#: Tag -> sizes of forward cases beside the plain ones. More tokens than 65,535, a limit of grids on many devices; the
-#: channels of the 14B model; inputs so small that eps decides.
-_SIZES = {
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+#: Tag -> sizes of cases beside the plain ones. More tokens than 65,535, a limit of grids on many devices; the channels
+#: of the 14B model and of its feed-forward part; inputs so small that eps decides.
+SIZES = {
+    "": Sizes(),
     "n75600": Sizes(B=1, N=75_600),
     "c5120": Sizes(B=1, N=5, C=5120, head_dim=128),
+    "c13824": Sizes(B=1, N=3, C=13_824, head_dim=128),
     "small": Sizes(magnitude=1e-3),
 }
 
@@ -183,6 +211,8 @@ def _contract(
     operands: Callable[[Sizes, Features, Randn], dict[str, Any]],
     features: Sequence[tuple[str, ...]] = ((),),
     sizes: Sequence[str] = ("n75600", "c5120"),
+    of_x: Shape = tokens,
+    of_out: Shape = tokens,
 ) -> Contract:
     """`naive` is the formula with every intermediate in the dtype of its inputs: the yardstick, and in fp64 the
     oracle. `features` are combinations of optional operands, the last one having all of them.
@@ -195,19 +225,18 @@ def _contract(
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.request.dtype)
 
         named = operands(case.options["sizes"], case.options["features"], randn)
-        return named | ({"grad_out": randn(*named["x"].shape)} if case.request.backward else {})
+        return named | ({"grad_out": randn(*of_out(case.options["sizes"]))} if case.request.backward else {})
 
     def case(tag: str, chosen: tuple[str, ...], backward: bool, size: str = "") -> Case:
-        at = _SIZES[size] if size else Sizes()
-        shape = (at.B, at.N, at.C // at.head_dim, at.head_dim) if name == "rope" else (at.B, at.N, at.C)
-        request = FusedRequest("cpu", _DTYPES[tag], shape, backward=backward, **dict.fromkeys(chosen, True))
+        at = SIZES[size]
+        request = FusedRequest("cpu", DTYPES[tag], of_x(at), backward=backward, **dict.fromkeys(chosen, True))
         words = "-".join([*chosen, *(["backward"] if backward else [])]) or "plain"
         identifier = f"fused.{name}/optional/{f'{size}-' if size else ''}{tag}-{words}"
         options = {"features": frozenset(chosen), "sizes": at}
         return Case(identifier, "optional", request, options, crossed=backward and chosen == features[-1])
 
     def cases() -> Iterator[Case]:
-        for tag in _DTYPES:
+        for tag in DTYPES:
             for chosen in features:
                 yield case(tag, chosen, False)
                 yield case(tag, chosen, True)
@@ -264,7 +293,24 @@ CONTRACTS = (
         ((), ("affine",), ("modulated",), ("affine", "modulated")),
         _WITH_SMALL,
     ),
-    _contract("rope", ROPE, Composite(define.rope, define.rope_backward), define.naive_rope, _rope_operands),
+    _contract(
+        "rope",
+        ROPE,
+        Composite(define.rope, define.rope_backward),
+        define.naive_rope,
+        _rope_operands,
+        of_x=heads,
+        of_out=heads,
+    ),
+    _contract(
+        "rms_norm_rope",
+        RMS_NORM_ROPE,
+        Composite(define.rms_norm_rope, define.rms_norm_rope_backward),
+        define.naive_rms_norm_rope,
+        _rms_norm_rope_operands,
+        sizes=_WITH_SMALL,
+        of_out=heads,
+    ),
     _contract(
         "gate_residual",
         GATE_RESIDUAL,

@@ -125,6 +125,27 @@ def naive_rope(x, cos, sin):
     return torch.view_as_real(pairs * torch.complex(cos.double(), sin.double())[:, None]).flatten(-2).to(x.dtype)
 
 
+# ---- rms_norm_rope
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    (wide_x,) = _wide(x)
+    heads = rms_norm(wide_x, weight, eps).unflatten(-1, (-1, 2 * cos.shape[-1]))
+    return rope(heads, cos, sin).to(x.dtype)
+
+
+def rms_norm_rope_backward(grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float):
+    (wide_grad,) = _wide(grad)
+    turned_back = rope(wide_grad, cos, -sin).flatten(-2)
+    dx, dweight, _ = rms_norm_backward(turned_back, x, weight, eps)
+    return dx, dweight, None, None, None
+
+
+def naive_rms_norm_rope(x, weight, cos, sin, eps):
+    return naive_rope(naive_rms_norm(x, weight, eps).unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
+
+
 # ---- gate_residual
 # ----------------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from ospnext.ops.registry import Implementation, Manifest, Refusal
 _LINEAR = frozenset(
     {
         *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
-        *("accumulate", "scale_max", "grad_scale_max", "backward"),
+        *("accumulate", "scale_max", "grad_scale_max", "backward", "carried"),
     }
 )
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
@@ -40,7 +40,7 @@ MANIFEST = Manifest(
         ),
         Implementation("acme.bits", "hif8_encode", "backends.acme.quantize:encode", handles=frozenset({"saturate"})),
         Implementation("acme.bits", "hif8_decode", "backends.acme.quantize:decode"),
-        Implementation("acme.bits", "hif8_quantize", "backends.acme.quantize:quantize", handles=_SCALED),
+        Implementation("acme.bits", "hif8_quantize", "backends.acme.quantize:quantize", handles=_SCALED | {"carried"}),
         Implementation("acme.bits", "hif8_fake_quantize", "backends.acme.quantize:fake_quantize", handles=_SCALED),
         Implementation(
             "acme.bits",

@@ -1,8 +1,11 @@
 """Acme's HiFloat8: codes by arithmetic on the bits of fp32, values by arithmetic on the bits of codes; no table."""
 
+import math
+
 import torch
 
 NAN, INF, LARGEST = 0x80, 0x6F, 0x6E
+E4M3, LARGEST_E4M3 = torch.float8_e4m3fn, 448.0
 
 
 def encode(x, saturate):
@@ -36,6 +39,8 @@ def _encode_bits(bits, saturate):
 
 
 def decode(codes, dtype):
+    if codes.dtype == E4M3:  # carried codes are numbers
+        return codes.to(dtype)
     codes = codes.contiguous()
     low, negative = (codes & 0x7F).int(), codes >= 0x80
     value = torch.ldexp(torch.ones(low.shape), low - 23)
@@ -51,9 +56,14 @@ def decode(codes, dtype):
     return torch.where(negative, -value, value).to(dtype)
 
 
-def quantize(x, amax, *, scale_max, scale_mode, granularity):
+def quantize(x, amax, *, scale_max, scale_mode, granularity, carried=False):
     scale = _scale(x, amax, scale_max, scale_mode, granularity)
-    return encode(_wide(x) / scale, False), scale
+    codes = encode(_wide(x) / scale, False)
+    if not carried:
+        return codes, scale
+    power = 2.0 ** min(8, math.floor(math.log2(LARGEST_E4M3 / scale_max)))
+    numbers = decode(codes, torch.float32) * power
+    return numbers.masked_fill(numbers.abs() > LARGEST_E4M3, torch.nan).to(E4M3), scale / power
 
 
 def fake_quantize(x, amax, **settings):
