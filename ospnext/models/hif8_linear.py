@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ospnext import ops
+from ospnext.numerics import carrier
+from ospnext.numerics.scaling import ScaleMode
 from ospnext.ops import HiF8Recipe, Quantized
+from ospnext.ops.recipe import LinearGranularity
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +53,7 @@ class HiF8Linear(nn.Linear):
 
 class StoredHiF8Linear(nn.Module):
     """A linear whose weight is codes (uint8 [N, K]) and their scale (fp32 [1, 1] or [N, 1]): half the memory of bf16.
-    The weight cannot be trained; gradients reach the input and the bias.
+    The weight cannot be trained; gradients reach the input and the bias, unless the codes are carried.
     """
 
     weight: Tensor
@@ -76,8 +79,12 @@ class StoredHiF8Linear(nn.Module):
         made.bias = linear.bias
         return made.train(linear.training)
 
-    def forward(self, input: Tensor, x_quantized: Quantized | None = None) -> Tensor:
-        """input [..., K]; `x_quantized` are its codes, where several linears share it."""
+    def forward(
+        self, input: Tensor | Quantized, x_quantized: Quantized | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """input [..., K]; `x_quantized` are its codes, where several linears share it. Or codes alone, with the dtype
+        of the result.
+        """
         return ops.quantized_linear(
             input,
             Quantized(self.weight, self.weight_scale),
@@ -85,14 +92,31 @@ class StoredHiF8Linear(nn.Module):
             recipe=self.recipe,
             x_quantized=x_quantized,
             amax_group=self.amax_group,
+            dtype=dtype,
         )
 
+    @torch.no_grad()
+    def carry(self, dtype: torch.dtype) -> None:
+        """Keep the weight in the form that the linear of the backend multiplies at once, if it prefers one for results
+        in `dtype`. The layer is then for inference, and cannot be saved.
+        """
+        if self.weight.dtype == torch.uint8 and ops.prefers_carried(self.weight, dtype, self.recipe, self.bias):
+            self.weight, self.weight_scale = carrier.carry(self.weight, self.weight_scale, self.recipe.scale_max)
+
+    @property
+    def carried(self) -> bool:
+        return self.weight.dtype == carrier.DTYPE
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredHiF8Linear:
-        """`.to(dtype)` is for the bias: the scale stays fp32, bit for bit, and only moves."""
-        scale = self.weight_scale
+        """`.to(dtype)` is for the bias: codes and scale keep their bits, and only move."""
+        codes, scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)
-        kept = self.weight_scale.float() if scale.is_meta else scale.to(self.weight_scale.device)
-        self.weight_scale = kept
+        for name, kept in (("weight", codes), ("weight_scale", scale)):
+            moved = getattr(self, name)
+            if moved.dtype != kept.dtype:
+                setattr(
+                    self, name, torch.empty_like(moved, dtype=kept.dtype) if kept.is_meta else kept.to(moved.device)
+                )
         return self
 
     def extra_repr(self) -> str:
@@ -107,10 +131,36 @@ def quantized_weight(weight: Tensor, recipe: HiF8Recipe) -> Quantized:
     )
 
 
-def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+class InputForm(NamedTuple):
+    """How linears want their input where the operator before them may quantize it: arguments of its quantizing twin."""
+
+    scale_max: float
+    scale_mode: ScaleMode
+    granularity: LinearGranularity
+    carried: bool
+
+
+def input_form(*linears: nn.Module) -> InputForm | None:
+    """The form of an input that all of these take as codes; None where they need the input itself.
+
+    Gradients need the input, and so do hooks and ranks that share a scale."""
+    if torch.is_grad_enabled() or len({_alike(linear) for linear in linears}) != 1:
+        return None
+    if any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        return None
+    first = linears[0]
+    if not isinstance(first, StoredHiF8Linear) or first.amax_group is not None:
+        return None
+    recipe = first.recipe
+    return InputForm(recipe.scale_max, recipe.scale_mode, recipe.granularity, first.carried)
+
+
+def project(x: Tensor | Quantized, *linears: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """x through each of the linears. Where all are in HiFloat8 and alike, the codes of x are made once, and kept once
-    for the backward pass.
+    for the backward pass. Codes, as `input_form` describes them, give results in `dtype`.
     """
+    if isinstance(x, Quantized):
+        return tuple(cast(StoredHiF8Linear, linear)(x, dtype=dtype) for linear in linears)
     if len({_alike(linear) for linear in linears}) > 1 or not isinstance(linears[0], HiF8Linear | StoredHiF8Linear):
         return tuple(linear(x) for linear in linears)
     first = linears[0]
@@ -120,6 +170,7 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         scale_mode=first.recipe.scale_mode,
         granularity=first.recipe.granularity,
         amax_group=first.amax_group,
+        carried=isinstance(first, StoredHiF8Linear) and first.carried,
     )
     return tuple(cast(HiF8Linear, linear)(x, shared) for linear in linears)
 
@@ -128,5 +179,5 @@ def _alike(linear: nn.Module) -> tuple[Any, ...] | None:
     """What the codes of an input depend on, but for the input."""
     if not isinstance(linear, HiF8Linear | StoredHiF8Linear):
         return None
-    recipe = linear.recipe
-    return recipe.scale_max, recipe.scale_mode, recipe.granularity, linear.amax_group
+    recipe, carried = linear.recipe, isinstance(linear, StoredHiF8Linear) and linear.carried
+    return recipe.scale_max, recipe.scale_mode, recipe.granularity, linear.amax_group, carried

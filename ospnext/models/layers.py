@@ -4,14 +4,17 @@ Wan2.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ospnext import ops
 from ospnext.models.attend import Attend
 from ospnext.models.config import TransformerConfig
-from ospnext.models.hif8_linear import project
+from ospnext.models.hif8_linear import input_form, project
 from ospnext.models.layout import BlockPlan
+from ospnext.ops import Quantized
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class AffineLayerNorm(nn.Module):
-    """Layer norm with weight and bias, as before cross-attention."""
+    """Weight and bias of a layer norm, as before cross-attention."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -35,8 +38,18 @@ class AffineLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        return ops.layer_norm_modulate(x_BNC, self.weight, self.bias, eps=self.eps)
+    def forward(self, x_BNC: Tensor, *consumers: nn.Module) -> Tensor | Quantized:
+        return layer_norm_for(consumers, x_BNC, self.weight, self.bias, eps=self.eps)
+
+
+def layer_norm_for(
+    consumers: Sequence[nn.Module], x_BNC: Tensor, *operands: Tensor | None, eps: float, **modulation: Tensor
+) -> Tensor | Quantized:
+    """`ops.layer_norm_modulate`, in the form in which the linears that read it want it."""
+    form = input_form(*consumers)
+    if form is None:
+        return ops.layer_norm_modulate(x_BNC, *operands, eps=eps, **modulation)
+    return ops.layer_norm_modulate_quantize(x_BNC, *operands, eps=eps, **modulation, **form._asdict())
 
 
 class AttentionProjections(nn.Module):
@@ -60,10 +73,10 @@ class AttentionProjections(nn.Module):
 class SelfAttention(AttentionProjections):
     """Attention among video tokens: within each subsequence of a sparse block, among all tokens in a full one."""
 
-    def forward(self, x_BNC: Tensor, plan: BlockPlan) -> Tensor:
-        q_BNC, k_BNC, v_BNC = project(x_BNC, self.q, self.k, self.v)
-        q_BNHD = ops.rope(self.split_heads(self.norm_q(q_BNC)), plan.cos, plan.sin)
-        k_BNHD = ops.rope(self.split_heads(self.norm_k(k_BNC)), plan.cos, plan.sin)
+    def forward(self, x_BNC: Tensor | Quantized, plan: BlockPlan, dtype: torch.dtype) -> Tensor:
+        q_BNC, k_BNC, v_BNC = project(x_BNC, self.q, self.k, self.v, dtype=dtype)
+        q_BNHD = ops.rms_norm_rope(q_BNC, self.norm_q.weight, plan.cos, plan.sin, self.norm_q.eps)
+        k_BNHD = ops.rms_norm_rope(k_BNC, self.norm_k.weight, plan.cos, plan.sin, self.norm_k.eps)
         return self.o(self.attend(q_BNHD, k_BNHD, self.split_heads(v_BNC), plan.subsequences).flatten(2))
 
 
@@ -76,8 +89,9 @@ class CrossAttention(AttentionProjections):
         k_BLC, v_BLC = project(text_BLC, self.k, self.v)
         return self.split_heads(self.norm_k(k_BLC)), self.split_heads(v_BLC)
 
-    def forward(self, x_BNC: Tensor, text_kv_BLHD: tuple[Tensor, Tensor]) -> Tensor:
-        q_BNHD = self.split_heads(self.norm_q(self.q(x_BNC)))
+    def forward(self, x_BNC: Tensor | Quantized, text_kv_BLHD: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        (q_BNC,) = project(x_BNC, self.q, dtype=dtype)
+        q_BNHD = self.split_heads(self.norm_q(q_BNC))
         return self.o(self.attend(q_BNHD, *text_kv_BLHD).flatten(2))
 
 
@@ -86,6 +100,33 @@ class GeluTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.gelu_tanh(x)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear: a sequence, so that the linears have their official indices 0 and 2."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), GeluTanh(), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x_BNC: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+        into, _, out_of = self
+        form = input_form(out_of)
+        if form is None and isinstance(x_BNC, Tensor) and _is_plain(into, x_BNC):
+            return out_of(ops.linear_gelu_tanh(x_BNC, into.weight, into.bias))
+        (hidden_BNF,) = project(x_BNC, into, dtype=dtype)
+        if form is None:
+            return out_of(ops.gelu_tanh(hidden_BNF))
+        return project(ops.gelu_tanh_quantize(hidden_BNF, **form._asdict()), out_of, dtype=dtype)[0]
+
+
+def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+    """Whether nothing but its product is asked of a linear: no gradients, no hooks, no other class or dtype."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    if torch.is_grad_enabled() or hooked or type(linear) is not nn.Linear:
+        return False
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return False
+    return linear.weight.dtype == linear.bias.dtype == x.dtype
 
 
 class Block(nn.Module):
@@ -97,19 +138,18 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = AffineLayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), GeluTanh(), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, x_BNC: Tensor, time_B6C: Tensor, text_kv_BLHD: tuple[Tensor, Tensor], plan: BlockPlan) -> Tensor:
         """The last residual addition writes the stream in the order the next block wants."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time_B6C).unbind(1)
-        y_BNC = ops.layer_norm_modulate(x_BNC, shift_BC=shift_sa, scale_BC=scale_sa, eps=self.eps)
-        x_BNC = ops.gate_residual(x_BNC, self.self_attn(y_BNC, plan), gate_sa)
-        x_BNC = ops.gate_residual(x_BNC, self.cross_attn(self.norm3(x_BNC), text_kv_BLHD))
-        y_BNC = ops.layer_norm_modulate(x_BNC, shift_BC=shift_ff, scale_BC=scale_ff, eps=self.eps)
-        return ops.gate_residual(x_BNC, self.ffn(y_BNC), gate_ff, plan.switch)
+        dtype, sa, ca = x_BNC.dtype, self.self_attn, self.cross_attn
+        y_BNC = layer_norm_for((sa.q, sa.k, sa.v), x_BNC, shift_BC=shift_sa, scale_BC=scale_sa, eps=self.eps)
+        x_BNC = ops.gate_residual(x_BNC, sa(y_BNC, plan, dtype), gate_sa)
+        x_BNC = ops.gate_residual(x_BNC, ca(self.norm3(x_BNC, ca.q), text_kv_BLHD, dtype))
+        y_BNC = layer_norm_for((self.ffn[0],), x_BNC, shift_BC=shift_ff, scale_BC=scale_ff, eps=self.eps)
+        return ops.gate_residual(x_BNC, self.ffn(y_BNC, dtype), gate_ff, plan.switch)
 
 
 class Head(nn.Module):

@@ -17,7 +17,7 @@ from ospnext import ops
 from ospnext.errors import ConfigError
 from ospnext.models.attend import Attend
 from ospnext.models.hif8_linear import HiF8Linear, StoredHiF8Linear, quantized_weight
-from ospnext.numerics import hif8
+from ospnext.numerics import carrier, hif8
 from ospnext.numerics.scaling import amax_of
 from ospnext.ops import HiF8Recipe, Quantized
 
@@ -99,7 +99,10 @@ class QuantReport:
     ) -> None:
         given = _arguments(module, args, kwargs)
         x, recipe = given["input"], module.recipe
-        self._see(layer, "x", x, recipe, module.amax_group, codes=given.get("x_quantized"))
+        codes = given.get("x_quantized")
+        if codes is not None and codes.codes.dtype != torch.uint8:  # carried: E4M3 does not tell all values apart
+            codes = None
+        self._see(layer, "x", x, recipe, module.amax_group, codes=codes)
         if isinstance(module, HiF8Linear):
             self._see(layer, "weight", module.weight, recipe, codes=quantized_weight(module.weight, recipe))
         if output.requires_grad:
@@ -154,9 +157,11 @@ class QuantReport:
 
     @torch.no_grad()
     def _see_stored(self, layer: str, module: StoredHiF8Linear) -> None:
-        codes, scale = module.weight, module.weight_scale
-        largest = ops.hif8_decode(codes, torch.bfloat16).abs().amax(1, keepdim=True).float() * scale
-        counts = _counts(codes, None, _top(module.recipe.scale_max))
+        codes, scale, top = module.weight, module.weight_scale, _top(module.recipe.scale_max)
+        largest = carrier.values(codes, torch.bfloat16).abs().amax(1, keepdim=True).float() * scale
+        if module.carried:
+            top *= 2.0 ** carrier.shift_for(module.recipe.scale_max)
+        counts = _counts(codes, None, top)
         self._counter(layer, "weight", codes.device).add(codes.numel(), counts, largest.amax(), underflow=False)
 
     def _counter(self, layer: str, operand: str, device: torch.device) -> _Counter:
@@ -208,7 +213,7 @@ def _counts(codes: Tensor, x: Tensor | None, top: float) -> Tensor:
     found = torch.zeros(3, dtype=torch.int64, device=codes.device)
     given = (None,) * (codes.numel() // _PIECE + 1) if x is None else x.reshape(-1).split(_PIECE)
     for piece, values in zip(codes.reshape(-1).split(_PIECE), given, strict=False):
-        magnitude = ops.hif8_decode(piece, torch.bfloat16).abs_()  # exact in it
+        magnitude = carrier.values(piece, torch.bfloat16).abs_()  # exact in it
         finite = magnitude.isfinite()
         lost = torch.zeros_like(finite) if values is None else (piece == hif8.ZERO) & (values != 0)
         found += torch.stack([((magnitude >= top) & finite).sum(), lost.sum(), (~finite).sum()])

@@ -13,7 +13,7 @@ from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantPolicy
 from ospnext.models.transformer import OSPNextTransformer
 from ospnext.models.upstream_bf16 import RoundTrip, UpstreamBf16Linear
 
-__all__ = ["ATTENTIONS", "LINEARS", "QuantPolicy", "quantize_model"]
+__all__ = ["ATTENTIONS", "LINEARS", "QuantPolicy", "prepare_for_inference", "quantize_model"]
 
 
 def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: bool = False) -> OSPNextTransformer:
@@ -48,5 +48,16 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
         if upstream:
             attend.round_trip = RoundTrip(recipe)
         else:
-            attend.recipe = recipe
+            attend.recipe = policy.attention_recipe
+    return model
+
+
+def prepare_for_inference(model: OSPNextTransformer) -> OSPNextTransformer:
+    """Keep stored codes in the form that the backend in force multiplies fastest, in place; returns the model.
+
+    Call it on the device and under the backend that will run. The model can then neither be saved nor give gradients,
+    and computes elsewhere too, with the same values."""
+    for module in model.modules():
+        if isinstance(module, StoredHiF8Linear):
+            module.carry(model.dtype)
     return model

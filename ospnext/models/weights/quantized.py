@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ospnext.config import resolve, to_dict
 from ospnext.errors import CheckpointError, ConfigError
-from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantPolicy
+from ospnext.models.quant_policy import ATTENTIONS, LINEARS, QuantAttn, QuantPolicy
 from ospnext.models.weights.checkpoint_files import CONFIG_NAME, Checkpoint, StoredTensor
 from ospnext.models.weights.keymaps import KeyMap
 from ospnext.models.weights.shapes import Shape
 from ospnext.ops import HiF8Recipe
+from ospnext.ops.recipe import AttentionForm
 
 KEY, METHOD = "quantization_config", "hif8"
 #: Policies beside the first, of a model that no single policy describes.
@@ -47,11 +48,11 @@ class Quantization:
         for policy in policies:
             if policy.compat != "none":
                 raise ConfigError(f"compat={policy.compat!r} quantizes weights in each call: it has no stored codes")
-            for known, names in (
-                (linears, policy.linear_names(num_layers)),
-                (attention, policy.attention_names(num_layers)),
+            for known, names, recipe in (
+                (linears, policy.linear_names(num_layers), policy.recipe),
+                (attention, policy.attention_names(num_layers), policy.attention_recipe),
             ):
-                new = dict.fromkeys(names, policy.recipe)
+                new = dict.fromkeys(names, recipe)
                 if twice := sorted(known.keys() & new.keys()):
                     raise ConfigError(f"{twice[0]} is quantized by two policies")
                 known |= new
@@ -88,24 +89,27 @@ class Quantization:
 
     def policies(self, num_layers: int) -> list[QuantPolicy]:
         """As policies: blocks that are quantized alike share one."""
-        blocks: dict[tuple[HiF8Recipe, tuple[str, ...], tuple[str, ...]], list[int]] = defaultdict(list)
+        blocks: dict[tuple[HiF8Recipe, QuantAttn, tuple[str, ...], tuple[str, ...]], list[int]] = defaultdict(list)
         for number in range(num_layers):
             linears, attention = (
                 {name: known[f"blocks.{number}.{name}"] for name in names if f"blocks.{number}.{name}" in known}
                 for names, known in ((LINEARS, self.linears), (ATTENTIONS, self.attention))
             )
-            for recipe in dict.fromkeys([*linears.values(), *attention.values()]):
-                blocks[recipe, _with(recipe, linears), _with(recipe, attention)].append(number)
+            for recipe in dict.fromkeys(replace(r, attention="qdq") for r in (*linears.values(), *attention.values())):
+                names = _with(recipe, linears)
+                for quant_attn, chosen in _attentions_with(recipe, attention):
+                    blocks[recipe, quant_attn, names, chosen].append(number)
+                    names = ()
         return [
             QuantPolicy(
                 quant="hif8" if linears else "none",
-                quant_attn="hif8" if attention else "none",
+                quant_attn=quant_attn,
                 linears=linears or LINEARS,
                 attention=attention or ATTENTIONS,
                 blocks=_ranges(numbers, num_layers),
                 recipe=recipe,
             )
-            for (recipe, linears, attention), numbers in blocks.items()
+            for (recipe, quant_attn, linears, attention), numbers in blocks.items()
         ]
 
     def config_entry(self, num_layers: int) -> dict[str, Any]:
@@ -180,7 +184,16 @@ def _read_policies(raw: Mapping[str, Any]) -> Iterator[QuantPolicy]:
 
 
 def _written(policy: QuantPolicy) -> dict[str, Any]:
-    return {name: value for name, value in to_dict(policy).items() if name in _WRITTEN}
+    found = {name: value for name, value in to_dict(policy).items() if name in _WRITTEN}
+    del found["recipe"]["attention"]  # `quant_attn` says it
+    return found
+
+
+def _attentions_with(recipe: HiF8Recipe, recipes: Mapping[str, HiF8Recipe]) -> list[tuple[QuantAttn, tuple[str, ...]]]:
+    """(quant_attn, names of attention) of those whose scales are those of `recipe`; none is one, too."""
+    forms: tuple[tuple[QuantAttn, AttentionForm], ...] = (("hif8", "qdq"), ("hif8_native", "native"))
+    found = [(word, _with(replace(recipe, attention=form), recipes)) for word, form in forms]
+    return [(word, names) for word, names in found if names] or [("none", ())]
 
 
 def _with(recipe: HiF8Recipe, recipes: Mapping[str, HiF8Recipe]) -> tuple[str, ...]:

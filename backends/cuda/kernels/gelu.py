@@ -1,0 +1,135 @@
+"""GELU in its tanh form: x times the sigmoid of 2u, u = sqrt(2 / pi) (x + 0.044715 x^3), which overflows nowhere. Rows
+are whole where their result is quantized.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ospnext.numerics.scaling import Granularity, ScaleMode
+
+from .row_quantize import End, end_codes, quantized, row_amax
+from .rows import PIECE, new, row_of, stream, warps
+
+#: 2 sqrt(2 / pi), and that times 0.044715.
+_LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
+_CUBIC: tl.constexpr = tl.constexpr(0.07135481627260025)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    out = new(x)
+    _launch(None, x, out)
+    return out
+
+
+def gelu_tanh_backward(grad: Tensor, x: Tensor) -> tuple[Tensor]:
+    dx = new(x)
+    _launch(grad, x, dx)
+    return (dx,)
+
+
+def gelu_tanh_quantize(
+    x: Tensor, scale_max: float, scale_mode: ScaleMode, granularity: Granularity, carried: bool
+) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of what `gelu_tanh` gives in the dtype of x."""
+
+    def run(end: End) -> None:
+        x_BNC = stream(x)
+        samples, tokens, channels = x_BNC.shape
+        block = triton.next_power_of_2(channels)
+        _rows[(samples * tokens,)](
+            *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
+            *(tokens, channels, *x_BNC.stride()[:2]),
+            FORM=end.form,
+            POWER_OF_TWO=end.power_of_two,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
+
+    return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
+
+
+def _launch(grad: Tensor | None, x: Tensor, out: Tensor) -> None:
+    if not x.numel():
+        return
+    # Elementwise: where all lie side by side, they are one long row.
+    flat = x.is_contiguous() and (grad is None or grad.is_contiguous())
+    x_BNC = x.view(1, 1, -1) if flat else stream(x)
+    grad_BNC = x_BNC if grad is None else grad.view(1, 1, -1) if flat else stream(grad)
+    samples, tokens, channels = x_BNC.shape
+    block = min(PIECE, triton.next_power_of_2(channels))
+    pieces = triton.cdiv(channels, block)
+    _pieces[(samples * tokens * pieces,)](
+        *(None if grad is None else grad_BNC, x_BNC, out, tokens, channels, pieces),
+        *(*grad_BNC.stride()[:2], *x_BNC.stride()[:2]),
+        BLOCK=block,
+        num_warps=warps(block, 256),
+    )
+
+
+@triton.jit
+def _twice_u(x):
+    return x * (_LINEAR + _CUBIC * x * x)
+
+
+@triton.jit
+def _pieces(
+    grad_ptr,
+    x_ptr,
+    out_ptr,
+    tokens,
+    channels,
+    pieces,
+    grad_sample_stride,
+    grad_token_stride,
+    sample_stride,
+    token_stride,
+    BLOCK: tl.constexpr,
+):
+    row, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    sample, token = row // tokens, row % tokens
+    column = piece.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < channels
+    start = row_of(x_ptr, sample, token, sample_stride, token_stride)
+    x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(_twice_u(x))
+    out = x * gate
+    if grad_ptr is not None:
+        start = row_of(grad_ptr, sample, token, grad_sample_stride, grad_token_stride)
+        grad = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+        # 1 - gate, of which the difference would leave nothing where gate is near 1.
+        rest = tl.sigmoid(-_twice_u(x))
+        out = grad * (gate + out * rest * (_LINEAR + 3 * _CUBIC * x * x))
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(row_of(out_ptr, 0, row, 0, channels) + column, out, mask=inside)
+
+
+@triton.jit
+def _rows(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    table_ptr,
+    scale_max,
+    unit,
+    tokens,
+    channels,
+    sample_stride,
+    token_stride,
+    FORM: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < channels
+    start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
+    x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+    y = (x * tl.sigmoid(_twice_u(x))).to(x_ptr.dtype.element_ty).to(tl.float32)
+    if FORM == "amax":
+        tl.store(scale_ptr + row, row_amax(y))
+    else:
+        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM, POWER_OF_TWO)
+        tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)

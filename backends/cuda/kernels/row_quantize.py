@@ -1,0 +1,95 @@
+"""HiFloat8 codes of rows that a program holds in registers: the end of kernels whose result is quantized, and so never
+written. The arithmetic is that of ospnext/numerics/scaling.py, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ospnext.numerics import carrier
+from ospnext.numerics.scaling import SMALLEST_AMAX, Granularity, ScaleMode, amax_of, scale_of
+
+from .hif8 import codes_by_key
+from .rows import new
+
+_SMALLEST_AMAX: tl.constexpr = tl.constexpr(SMALLEST_AMAX)
+
+
+@dataclass(frozen=True)
+class End:
+    """What a kernel does with its rows: writes the "amax" of each, or codes with a scale for each "row", or codes with
+    the "shared" scale that it is given.
+    """
+
+    form: str
+    codes: Tensor
+    scale: Tensor
+    table: Tensor
+    scale_max: float
+    #: Codes that carry 2^shift times a value have a scale that is so much smaller.
+    unit: float
+    power_of_two: bool
+
+
+def quantized(
+    x: Tensor,
+    run: Callable[[End], None],
+    *,
+    scale_max: float,
+    scale_mode: ScaleMode,
+    granularity: Granularity,
+    carried: bool,
+) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of a function of the rows of x that `run` computes to an end. A scale of all rows takes a run of
+    its own, which still moves less than to write the values and read them twice.
+    """
+    shift = carrier.shift_for(scale_max) if carried else None
+    unit = 2.0 ** -(shift or 0)
+    codes, scale = new(x, dtype=torch.uint8), new(x, *x.shape[:-1], 1, dtype=torch.float32)
+    end = End("row", codes, scale, codes_by_key(x.device, shift), scale_max, unit, scale_mode == "pow2")
+    if not x.numel():
+        scale = scale_of(amax_of(x, granularity), scale_max, scale_mode) * unit
+    elif granularity == "row":
+        run(end)
+    else:
+        run(replace(end, form="amax"))
+        shared = scale_of(scale.amax().reshape([1] * x.ndim), scale_max, scale_mode)
+        run(replace(end, form="shared", scale=shared))
+        scale = shared * unit
+    return codes.view(carrier.DTYPE) if carried else codes, scale
+
+
+@triton.jit
+def end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """Codes of a row y, which is fp32; its scale is written or, where it is shared, read."""
+    if FORM == "shared":
+        scale = tl.load(scale_ptr)
+    else:
+        scale = _scale(row_amax(y), scale_max, POWER_OF_TWO)
+        tl.store(scale_ptr + row, scale * unit)
+    bits = tl.div_rn(y, scale + tl.zeros_like(y)).to(tl.int32, bitcast=True)
+    key = (bits >> 19) & 0x1FFF  # sign, exponent and four bits of mantissa, see hif8.py
+    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key)
+    return tl.load(table_ptr + key)
+
+
+@triton.jit
+def row_amax(y):
+    """As integers magnitudes have the same order, in which NaN comes last."""
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale(amax, scale_max, POWER_OF_TWO: tl.constexpr):
+    scale = tl.div_rn(tl.maximum(amax, _SMALLEST_AMAX), scale_max)
+    if POWER_OF_TWO:
+        above = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.minimum(above, 0x7F000000).to(tl.float32, bitcast=True)
+    scale = tl.where(amax == 0, 1.0, scale)
+    return tl.where(amax < float("inf"), scale, float("nan"))

@@ -1,0 +1,57 @@
+"""How the fused kernels walk over a stream [B, N, C]: which layouts they read in place, how much of a row a program
+takes, and how many rows add up to one partial sum of a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Tokens whose share of a parameter's gradient one program adds up. Fixed, so that sums do not depend on the device.
+ROWS = 32
+#: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
+PIECE = 1024
+
+
+def stream(x: Tensor) -> Tensor:
+    """x [..., C] as [B, N, C] whose channels lie side by side; a copy only where its strides cannot say so."""
+    x = x[(None,) * (3 - x.ndim)]
+    return dense(x.flatten(0, -3))
+
+
+def streams(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape [..., C] as [B, N, C] for kernels to which B and N are the same: B is 1 where it can be."""
+    if all(t.is_contiguous() and t.numel() for t in tensors):
+        return [t.view(1, -1, t.shape[-1] if t.ndim else 1) for t in tensors]
+    return [stream(t) for t in tensors]
+
+
+def dense(x: Any) -> Any:
+    """x, or a copy of it, whose last dimension lies side by side; None stays None."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory on the device of `like`, by default of its shape and dtype."""
+    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def partial_sums(x_BNC: Tensor) -> Tensor:
+    """fp32 [B, P, C] for P programs along the tokens of each sample."""
+    samples, tokens, channels = x_BNC.shape
+    return new(x_BNC, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
+
+
+def warps(block: int, lanes: int = 512) -> int:
+    """Warps for a program that holds `block` elements in registers, `lanes` of them in each."""
+    return max(1, min(16, block // lanes))
+
+
+@triton.jit
+def row_of(pointer, sample, token, sample_stride, token_stride):
+    """Where a row starts; in 64 bits, since a stream may have more than 2^31 elements."""
+    return pointer + tl.cast(sample, tl.int64) * sample_stride + tl.cast(token, tl.int64) * token_stride
