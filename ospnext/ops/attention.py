@@ -157,7 +157,7 @@ def _kernel_for(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv, custom_scale, ret
     )
     kernel = _decided.get(signature)
     if kernel is None:
-        _check(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv)
+        check_operands(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv)
         kernel = _decided.decide(
             signature, _request(q, k, key_mask, cu_q, max_q, max_kv, custom_scale, return_lse, backward)
         )
@@ -183,7 +183,7 @@ def _request(q, k, key_mask, cu_q, max_q, max_kv, custom_scale, return_lse, back
     )
 
 
-def _check(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv) -> None:
+def check_operands(q, k, v, key_mask, cu_q, cu_kv, max_q, max_kv) -> None:
     packed = cu_q is not None or cu_kv is not None
     form = "packed [T, H, D]" if packed else "[B, S, H, D]"
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

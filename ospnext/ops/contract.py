@@ -106,6 +106,8 @@ class Contract:
     composite: Any = None
     #: The contracts that `composite` calls, where it is made of others.
     composed_of: tuple[str, ...] = ()
+    #: A kernel may take the place of that composition, where a backend declares one.
+    fusible: bool = False
     #: Cases are run by as many processes as their request has `ranks`; inputs are `rank0`, `rank1`, ...
     by_ranks: bool = False
     #: A gradient may be the very tensor that came in, as autograd hands it on through a sum.
@@ -118,6 +120,11 @@ class Contract:
         """What a call on `inputs` must return. Costs an evaluation in fp64, so keep it for several calls."""
         oracle = self.oracle(inputs)
         return Expectation(self.name, oracle, None if exact else self.yardstick(inputs), self.gradient_factor)
+
+    @property
+    def always_composed(self) -> bool:
+        """Whether it is made of other contracts on every backend."""
+        return bool(self.composed_of) and not self.fusible
 
     def features(self, request: Any) -> dict[str, Any]:
         """Fields of `request` that ask for more than the default: an implementation must list each, or it is

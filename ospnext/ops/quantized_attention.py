@@ -1,5 +1,5 @@
 """Attention on HiFloat8 values: q, k and v make the round trip, the attention of the backend does the rest. The meaning
-is in contracts/quantized_attention.py.
+is in contracts/quantized_attention.py. Or, where a recipe asks for it, a kernel on 8-bit operands: native_attention.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ospnext.ops.attention import attention, attention_packed
+from ospnext.ops.native_attention import native_attention
 from ospnext.ops.quantize import hif8_fake_quantize
 from ospnext.ops.recipe import HiF8Recipe
 
@@ -35,13 +36,28 @@ def quantized_attention(
 
     Args:
         q, k, v: [B, S, H, D], or packed [T, H, D].
-        recipe: scales; each of q, k, v and their gradients has one for the whole tensor. None = `HiF8Recipe()`.
+        recipe: scales; each of q, k, v and their gradients has one for the whole tensor. None = `HiF8Recipe()`. With
+            attention="native" more is rounded and there is no gradient and no mask: contracts/native_attention.py.
         amax_group: ranks that each hold some heads or tokens of one tensor: they share the scales.
         key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale: as in the two functions.
 
     Returns, raises: as the two functions.
     """
     recipe = recipe or HiF8Recipe()
+    if recipe.attention == "native":
+        return native_attention(
+            q,
+            k,
+            v,
+            recipe=recipe,
+            key_mask=key_mask,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_kv=cu_seqlens_kv,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_kv=max_seqlen_kv,
+            scale=scale,
+            amax_group=amax_group,
+        )
     q, k, v = (
         hif8_fake_quantize(
             t,

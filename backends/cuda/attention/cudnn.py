@@ -5,13 +5,12 @@ Its backward pass returns NaN for some lengths where logits are near -120
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from .masked import without_zero
 from .operands import aligned
+from .spans import spans
 
 
 class Cudnn:
@@ -25,7 +24,7 @@ class Cudnn:
             return out, lse if need_lse else q.new_empty(0, dtype=torch.float32)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
-        for rows, keys in zip(*(_spans(cu) for cu in (cu_seqlens_q, cu_seqlens_kv)), strict=True):
+        for rows, keys in zip(spans(cu_seqlens_q), spans(cu_seqlens_kv), strict=True):
             if rows.start == rows.stop:
                 continue
             if keys.start == keys.stop:
@@ -44,10 +43,6 @@ def _dense(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float, need_ls
         *heads_first, None, need_lse, 0.0, False, False, scale=scale
     )
     return out.transpose(1, 2).contiguous(), lse.squeeze(-1) if need_lse else lse
-
-
-def _spans(cu_seqlens: Tensor) -> list[slice]:
-    return [slice(*ends) for ends in itertools.pairwise(cu_seqlens.tolist())]
 
 
 cudnn = Cudnn()

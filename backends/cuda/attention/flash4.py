@@ -7,7 +7,7 @@ from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 
 from .masked import Packs
-from .operands import aligned
+from .operands import aligned, pack_arguments
 
 
 class Flash4(Packs):
@@ -18,10 +18,7 @@ class Flash4(Packs):
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _flash_attn_fwd(
             *(aligned(t) for t in (q, k, v)),
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_kv,
-            max_seqlen_q=longest[0] if cu_q is not None else None,
-            max_seqlen_k=longest[1] if cu_kv is not None else None,
+            **pack_arguments(cu_q, cu_kv, longest),
             softmax_scale=scale,
             return_lse=need_lse,
         )
@@ -34,10 +31,7 @@ class Flash4(Packs):
             aligned(grad_out),
             lse,
             softmax_scale=scale,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_kv,
-            max_seqlen_q=longest[0] if cu_q is not None else None,
-            max_seqlen_k=longest[1] if cu_kv is not None else None,
+            **pack_arguments(cu_q, cu_kv, longest),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .masked import Packs
-from .operands import aligned
+from .operands import aligned, lse_for_flash, lse_from_flash
 
 _ATEN = torch.ops.aten
 
@@ -18,18 +18,14 @@ class TorchFlash(Packs):
         longest = longest if cu_q is not None else (q.shape[1], k.shape[1])
         operands = (aligned(t) for t in (q, k, v))
         out, lse, *_ = _ATEN._flash_attention_forward(*operands, cu_q, cu_kv, *longest, 0.0, False, False, scale=scale)
-        if not need_lse:
-            return out.contiguous(), lse.new_empty(0)
-        # Of a query without keys it says +inf, which no other logsumexp can be.
-        return out.contiguous(), lse.masked_fill(lse == torch.inf, -torch.inf)
+        return out.contiguous(), lse_from_flash(lse) if need_lse else lse.new_empty(0)
 
     def gradients(self, grad_out, q, k, v, out, lse, cu_q, cu_kv, longest, scale):
         longest = longest if cu_q is not None else (q.shape[1], k.shape[1])
         nothing = torch.empty(2, dtype=torch.uint64, device=q.device)
         operands = (aligned(t) for t in (grad_out, q, k, v))
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         return _ATEN._flash_attention_backward(
-            *operands, out, lse, cu_q, cu_kv, *longest, 0.0, False, nothing, nothing.new_empty(()),
+            *operands, out, lse_for_flash(lse), cu_q, cu_kv, *longest, 0.0, False, nothing, nothing.new_empty(()),
             scale=scale,
         )  # fmt: skip
 

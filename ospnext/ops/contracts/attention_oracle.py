@@ -34,7 +34,7 @@ def _evaluate(inputs: Mapping[str, Any], dtype: torch.dtype, attend: Callable[..
     scale = inputs.get("scale")
     scale = 1.0 / math.sqrt(leaves[0].shape[-1]) if scale is None else scale
     outs, lses = [], []
-    for q_SHD, k_SHD, v_SHD, mask_S in _sequences(inputs, *leaves):
+    for q_SHD, k_SHD, v_SHD, mask_S in sequences(inputs, *leaves):
         out, lse = attend(q_SHD, k_SHD, v_SHD, mask_S, scale)
         outs.append(out)
         lses.append(lse)
@@ -49,7 +49,7 @@ def _evaluate(inputs: Mapping[str, Any], dtype: torch.dtype, attend: Callable[..
     return {name: value.detach() for name, value in result.items()}
 
 
-def _sequences(
+def sequences(
     inputs: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     mask_BS = inputs.get("key_mask")
