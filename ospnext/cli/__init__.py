@@ -24,6 +24,8 @@ COMMANDS = {
     "init-random": ("ospnext.cli.init_random", "write a checkpoint with random weights, for trying things out"),
     "doctor": ("ospnext.cli.doctor", "say what this machine can run, and why not more"),
     "explain": ("ospnext.cli.explain", "say which kernel would run an operator, and why"),
+    "tune": ("ospnext.cli.tune", "time every kernel at a model's shapes, and write down which is fastest here"),
+    "bench model": ("ospnext.cli.bench_model", "time a denoising forward of the whole model, and say where it goes"),
     "conformance run": ("ospnext.cli.conformance_run", "judge a backend by the conformance suite"),
     "conformance list": ("ospnext.cli.conformance_list", "print the ids of the conformance checks"),
     "conformance verify": ("ospnext.cli.conformance_verify", "check a conformance report without running anything"),

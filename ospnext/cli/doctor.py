@@ -84,7 +84,8 @@ def _backend(manifest: Any, known: Any) -> dict[str, Any]:
 
 def _kernel(implementation: Any, known: Any) -> dict[str, Any]:
     missing = list(known.missing_packages(implementation))
-    return {"id": implementation.id, "note": implementation.note, "missing_packages": missing}
+    install = (implementation.install or f"pip install {' '.join(missing)}") if missing else ""
+    return {"id": implementation.id, "note": implementation.note, "missing_packages": missing, "install": install}
 
 
 def _version(package: str) -> str | None:
@@ -131,8 +132,7 @@ def _backend_lines(backend: dict[str, Any]) -> list[str]:
 
 
 def _kernel_words(kernel: dict[str, Any]) -> str:
-    missing = f" (needs pip install {' '.join(kernel['missing_packages'])})" if kernel["missing_packages"] else ""
-    return kernel["id"] + missing
+    return kernel["id"] + (f" (needs {kernel['install']})" if kernel["install"] else "")
 
 
 def _package_lines(packages: dict[str, str | None]) -> list[str]:

@@ -28,6 +28,8 @@ _NOTES = {
     "quantized_linear": "shape is (tokens, output features, input features); hif8_quantize makes the codes",
     "quantized_attention": "that is hif8_fake_quantize of q, k and v (and of their gradients), then the backend's "
     "attention, as decided here:",
+    "native_attention": "that is quantized_attention: hif8_fake_quantize of q, k and v, then the backend's attention, "
+    "as decided here:",
 }
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a feature asked for, e.g. backward or scale_mode=pow2; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print the decision as JSON")
-    attention = parser.add_argument_group("attention and quantized_attention")
+    attention = parser.add_argument_group("attention, quantized_attention and native_attention")
     attention.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
     attention.add_argument("--tokens", type=int, default=75600, help="longest query sequence (default: 75600)")
     attention.add_argument("--kv-tokens", type=int, help="longest key sequence (default: as --tokens)")
@@ -106,6 +108,7 @@ def _request(contract: Any, args: argparse.Namespace) -> Any:
     import torch
 
     from ospnext.ops.contracts.attention import AttentionRequest
+    from ospnext.ops.contracts.native_attention import NativeAttentionRequest
     from ospnext.ops.device import default_device
 
     device_type = args.device or default_device().type
@@ -114,7 +117,7 @@ def _request(contract: Any, args: argparse.Namespace) -> Any:
         return contract.request(device_type, dtype, _operation(args.operation), args.ranks, args.elements, **features)
     if contract.by_ranks:
         return contract.request(device_type, dtype, args.ranks)
-    if contract.request is not AttentionRequest:
+    if contract.request not in (AttentionRequest, NativeAttentionRequest):
         return contract.request(device_type, dtype, _shape(args.shape, contract.name), **features)
     kv_tokens = args.tokens if args.kv_tokens is None else args.kv_tokens
     return contract.request(
@@ -124,13 +127,22 @@ def _request(contract: Any, args: argparse.Namespace) -> Any:
 
 def _parts(contract: Any, request: Any) -> list[tuple[Any, Any]]:
     """The contracts that a composition of others is made of, with what it asks of each."""
+    import dataclasses
+
     from ospnext.ops.contracts import CONTRACTS
+    from ospnext.ops.contracts.attention import AttentionRequest
     from ospnext.ops.contracts.quantize import QuantizeRequest
 
-    if contract.name != "quantized_attention":
+    if contract.name not in ("quantized_attention", "native_attention"):
         return []
     shape = (request.batch, request.q_len, request.heads, request.head_dim)
     round_trip = QuantizeRequest(request.device_type, request.dtype, shape)
+    if contract.name == "native_attention":
+        scaled = {name: getattr(request, name) for name in ("scale_max", "scale_mode", "given_amax")}
+        round_trip = dataclasses.replace(round_trip, **scaled)
+        features = {"packed": request.packed, "custom_scale": True}
+        sizes = (request.batch, request.q_len, request.kv_len, request.heads, request.head_dim)
+        request = AttentionRequest(request.device_type, request.dtype, *sizes, **features)
     return [(CONTRACTS["hif8_fake_quantize"], round_trip), (CONTRACTS["attention"], request)]
 
 

@@ -37,9 +37,14 @@ width and id. Video i gets the seed + i (seed_mode=per-prompt), or every prompt 
 the seed in the manifest a video can be made again on its own.
 
 quant=hif8 computes linears in HiFloat8, with weights of one byte; quant_attn=hif8 sends q, k and v of attention through
-it. quant_policy.* says which layers and how; names are a list or text with commas:
+it, and quant_attn=hif8_native computes on their 8 bits where a kernel can. quant_policy.* says which layers and how;
+names are a list or text with commas:
   ospnext generate "a red fox in snow" --model DIR quant=hif8 quant_policy.linears=ffn.0,ffn.2 quant_policy.blocks=2-37
---report-quant counts what falls off either end of the format, and writes quant_report.json next to the videos."""
+--report-quant counts what falls off either end of the format, and writes quant_report.json next to the videos.
+
+compile=blocks compiles the transformer's blocks at the first video of each size (seconds), compile=max all of it
+(minutes). sampling.batched_guidance and vae.tiling are decided by size and memory unless they are on or off; --dry-run
+says how. These three change a video by roundings only, and --resume may change them."""
 
 OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name
 _SETTING = re.compile(r"([a-z_]+)(\.[a-z_]+)*=")
@@ -161,6 +166,8 @@ def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> i
     with chosen_backend(run.config.backend) as device:
         videos.check_checkpoint(run)
         if args.report_quant:
+            if run.config.compile != "off":
+                raise ConfigError("--report-quant looks into layers, which a compiled graph has not; use compile=off")
             videos.check_quant_report(run)
         if args.dry_run:
             from ospnext.generation.plan import make_plan

@@ -57,6 +57,7 @@ def as_json(decision: Decision) -> dict[str, Any]:
             "backend": decision.policy.backend,
             "ops": dict(decision.policy.ops),
             "fallback": sorted(decision.policy.fallback),
+            "tuning": decision.policy.tuning.path if decision.policy.tuning else None,
         },
         "asked": decision.asked,
         "chosen": decision.chosen_id,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ospnext.errors import BackendUnavailableError, PolicyError
 from ospnext.ops import contracts
+from ospnext.ops import tuning as tunings
 from ospnext.ops.registry import AUTO, COMPOSITE, Registry, registry, replace_registry
 
 PREFIX = "OSPNEXT_"
@@ -17,17 +18,20 @@ VARIABLES = {
     "OSPNEXT_BACKEND": "auto, or the name of a backend",
     "OSPNEXT_OPS": "comma-separated overrides, e.g. attention=cuda.cudnn,quantize=reference",
     "OSPNEXT_FALLBACK": "comma-separated families that may fall back to plain PyTorch, e.g. fused",
+    "OSPNEXT_TUNING": "a file of `ospnext tune`: for the requests in it, the fastest implementation comes first",
 }
 
 
 @dataclass(frozen=True)
 class Policy:
     """`backend` names one backend or "auto"; `ops` maps a family or contract to a backend or implementation id;
-    `fallback` holds the families that may fall back; `source` says where each field came from."""
+    `fallback` holds the families that may fall back; `tuning` are measured times that reorder what is inside a backend;
+    `source` says where each field came from."""
 
     backend: str = AUTO
     ops: tuple[tuple[str, str], ...] = ()
     fallback: frozenset[str] = frozenset()
+    tuning: tunings.Tuning | None = None
     source: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def wanted(self, contract: str, family: str) -> tuple[str, str]:
@@ -43,6 +47,8 @@ class Policy:
         text = f"backend={self.backend} ({source.get('backend', 'default')})"
         if self.ops:
             text += f", ops={','.join(f'{k}={v}' for k, v in self.ops)} ({source.get('ops', 'argument')})"
+        if self.tuning is not None:
+            text += f", tuning={self.tuning.path} ({source.get('tuning', 'argument')})"
         allowed = ",".join(sorted(self.fallback))
         return text + (f", fallback={allowed} ({source.get('fallback', 'argument')})" if allowed else ", no fallback")
 
@@ -57,13 +63,15 @@ def policy_from_env(environ: Mapping[str, str], known: Registry) -> Policy:
             )
     source = [
         (f, f"OSPNEXT_{f.upper()}")
-        for f in ("backend", "ops", "fallback")
+        for f in ("backend", "ops", "fallback", "tuning")
         if environ.get(f"OSPNEXT_{f.upper()}", "").strip()
     ]
     backend = environ.get("OSPNEXT_BACKEND", "").strip() or AUTO
     ops = _pairs(environ.get("OSPNEXT_OPS", ""))
     fallback = [word.strip() for word in environ.get("OSPNEXT_FALLBACK", "").split(",") if word.strip()]
-    return _checked(Policy(backend, tuple(ops), frozenset(fallback), tuple(source)), known)
+    path = environ.get("OSPNEXT_TUNING", "").strip()
+    table = tunings.read(path, known, "OSPNEXT_TUNING") if path else None
+    return _checked(Policy(backend, tuple(ops), frozenset(fallback), table, tuple(source)), known)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -203,6 +211,7 @@ class use_backend:
         backend: a backend's name, or "auto". None keeps the present one.
         ops: overrides per family or contract, e.g. `{"attention": "cuda.cudnn"}`.
         fallback: families that may fall back to plain PyTorch, e.g. `{"fused"}`.
+        tuning: a file of `ospnext tune`, whose order then holds; "" goes back to that of the backends.
 
     Raises:
         PolicyError: a name is unknown; the message lists what exists.
@@ -210,10 +219,17 @@ class use_backend:
     """
 
     def __init__(
-        self, backend: str | None = None, *, ops: Mapping[str, str] | None = None, fallback: Iterable[str] | None = None
+        self,
+        backend: str | None = None,
+        *,
+        ops: Mapping[str, str] | None = None,
+        fallback: Iterable[str] | None = None,
+        tuning: str | os.PathLike[str] | None = None,
     ) -> None:
         self._before = before = _current
-        base = before or policy_from_env(os.environ, registry())
+        # A file that is no longer right must not be in the way of another one.
+        environ = {k: v for k, v in os.environ.items() if tuning is None or k != "OSPNEXT_TUNING"}
+        base = before or policy_from_env(environ, registry())
         source = dict(base.source)
         changes: dict[str, object] = {}
         if backend is not None:
@@ -222,6 +238,10 @@ class use_backend:
             changes["ops"], source["ops"] = tuple(ops.items()), "use_backend"
         if fallback is not None:
             changes["fallback"], source["fallback"] = frozenset(fallback), "use_backend"
+        if tuning is not None:
+            path = os.fspath(tuning)
+            changes["tuning"] = tunings.read(path, registry(), "tuning") if path else None
+            source["tuning"] = "use_backend"
         policy = _checked(replace(base, **changes, source=tuple(source.items())), registry())  # type: ignore[arg-type]
         if policy.backend != AUTO:
             require_available(policy.backend, registry(), source.get("backend", "backend"))

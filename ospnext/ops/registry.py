@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,9 @@ class Implementation:
 
     `target` and `supports` are dotted paths ("package.module:name"). `supports(request, device)` yields a `need(...)`
     per condition, met or not, and must depend on nothing else. `refusals` holds an example for every code it knows.
-    `handles` lists the request features taken into account; any other feature refuses the call."""
+    `handles` lists the request features taken into account; any other feature refuses the call. `prefers` lists those
+    of them that make it faster, where the caller may choose. `install` says how to get what `requires` names, where
+    that is not `pip install` of the same name."""
 
     id: str
     contract: str
@@ -55,6 +58,8 @@ class Implementation:
     supports: str = ""
     refusals: tuple[Refusal, ...] = ()
     note: str = ""
+    prefers: frozenset[str] = frozenset()
+    install: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,11 +203,15 @@ def load(path: str) -> Any:
 
 
 @functools.cache
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name is absent
-        return False
+def _installed(module: str) -> bool:
+    """Whether a module can be found, without importing the packages it is in: those may load libraries, or fail to."""
+    name, *inner = module.split(".")
+    spec = importlib.util.find_spec(name)
+    for part in inner:
+        name, folders = f"{name}.{part}", spec.submodule_search_locations if spec else None
+        finders = filter(None, map(pkgutil.get_importer, folders or ()))
+        spec = next(filter(None, (finder.find_spec(name) for finder in finders)), None)
+    return spec is not None
 
 
 _in_force: Registry | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from ospnext.errors import UnsupportedRequestError
 from ospnext.ops.contract import Contract, Reason
 from ospnext.ops.policy import AUTO, COMPOSITE, Policy, current_policy
 from ospnext.ops.registry import ANY_DEVICE, Implementation, Manifest, Registry, load, registry
+from ospnext.ops.tuning import Tuning
 
 Status = Literal["chosen", "eligible", "rejected", "not loaded", "unavailable", "not asked"]
 
@@ -48,7 +49,7 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
 
     The policy names one backend, one implementation, or "auto": the available backend of highest priority that claims
     the device of the request and declares the contract. Other backends are looked at only where the policy allows their
-    family to fall back."""
+    family to fall back. Inside a backend, manifests say the order, or measured times that the policy holds."""
     wanted, source = policy.wanted(contract.name, contract.family)
     backend, only = _asked(contract, request, wanted, known)
     asked = f"{wanted} ({source})" + (f" -> {backend or 'no backend'}" if wanted == AUTO else "")
@@ -57,7 +58,7 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
     chosen: Implementation | None = None
     for manifest in known.ordered():
         for implementation in manifest.offers(contract.name):
-            if contract.composed_of:
+            if contract.always_composed:
                 why = "not called: this contract is always made of others"
                 candidates.append(Candidate(implementation.id, "not asked", note=why))
                 continue
@@ -69,10 +70,13 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
                 chosen, candidate = implementation, _with(candidate, "chosen")
             candidates.append(candidate)
 
+    if chosen is not None and only is None and policy.tuning is not None:
+        chosen, candidates = _by_tuning(contract, request, policy.tuning, known, chosen, candidates)
+
     composite = _composite(contract)
     fell_back = False
     if composite is not None:
-        offers = () if backend is None or contract.composed_of else known.manifests[backend].offers(contract.name)
+        offers = () if backend is None or contract.always_composed else known.manifests[backend].offers(contract.name)
         declared = bool(offers)
         if chosen is not None:
             candidates.append(Candidate(COMPOSITE, "not asked", note="a kernel of the backend takes this request"))
@@ -81,7 +85,7 @@ def select(contract: Contract, request: Any, policy: Policy, known: Registry) ->
                 "asked for by name"
                 if wanted == COMPOSITE
                 else "on every backend"
-                if contract.composed_of
+                if contract.always_composed
                 else f"{backend or 'the backends here'} declare{'s' if backend else ''} no kernel for this operator"
             )
             chosen = composite
@@ -132,7 +136,10 @@ def _examine(
         return Candidate(implementation.id, "unavailable", probe.reasons, implementation.note)
     missing = known.missing_packages(implementation)
     if missing:
-        reasons = tuple(Reason("package", f"{name} not installed", f"pip install {name}") for name in missing)
+        reasons = tuple(
+            Reason("package", f"{name} not installed", implementation.install or f"pip install {name}")
+            for name in missing
+        )
         return Candidate(implementation.id, "not loaded", reasons, implementation.note)
     reasons = tuple(_reasons(contract, implementation, manifest, request, probe.device))
     note = implementation.note
@@ -158,6 +165,33 @@ def _not_asked(manifest: Manifest, implementation: Implementation, wanted: str, 
     if not probe.available:
         return Candidate(implementation.id, "unavailable", probe.reasons, implementation.note)
     return Candidate(implementation.id, "not asked", note=f"the policy asks for {wanted}")
+
+
+def _by_tuning(
+    contract: Contract,
+    request: Any,
+    tuning: Tuning,
+    known: Registry,
+    chosen: Implementation,
+    candidates: list[Candidate],
+) -> tuple[Implementation, list[Candidate]]:
+    """The fastest of those that take the request, where the tuning measured this very request; else as it was."""
+    ranked = tuning.ranked(contract, request, (c.id for c in candidates if c.status in ("chosen", "eligible")))
+    if not ranked:
+        return chosen, candidates
+    (ms, first), others = ranked[0], ranked[1:]
+    against = f" against {others[0][0]:.4g} ms of {others[0][1]}" if others else ", none other measured"
+    why = f"first by tuning file {tuning.path} ({ms:.4g} ms{against})"
+    result = []
+    for candidate in candidates:
+        if candidate.id == first:
+            note = "; ".join(filter(None, (candidate.note, why)))
+            candidate = Candidate(candidate.id, "chosen", candidate.reasons, note)
+        elif candidate.status == "chosen":
+            candidate = _with(candidate, "eligible")
+        result.append(candidate)
+    offers = known.manifests[first.partition(".")[0]].offers(contract.name)
+    return next(i for i in offers if i.id == first), result
 
 
 def _with(candidate: Candidate, status: Status) -> Candidate:
@@ -200,6 +234,8 @@ _log = logging.getLogger("ospnext")
 
 #: (contract, implementation) -> how many decisions fell back to it (equal calls share one); reports print this.
 fallbacks: Counter[tuple[str, str]] = Counter()
+#: Told every decision that `resolve` makes, chosen or not: reports name the kernels that ran.
+observers: list[Callable[[Decision], object]] = []
 
 
 def resolve(contract: Contract, request: Any) -> Any:
@@ -210,6 +246,8 @@ def resolve(contract: Contract, request: Any) -> Any:
             decision.
     """
     decision = select(contract, request, current_policy(), registry())
+    for tell in observers:
+        tell(decision)
     if decision.chosen is None:
         from ospnext.ops.explain import as_text
 

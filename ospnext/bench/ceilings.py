@@ -1,0 +1,88 @@
+"""What the kernels of this device reach at the shapes of a model, each run alone, in this very process.
+
+A kernel's time is the device time of its part of a profiled call, as for the model: see parts.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ospnext.bench.measure import timed
+from ospnext.bench.parts import profiled
+from ospnext.models.attend import Attend
+from ospnext.models.layout import Subsequences
+from ospnext.ops import HiF8Recipe
+
+REPEATS = 3
+
+
+@dataclass
+class Ceilings:
+    """Milliseconds of kernels at the shapes asked for. A shape is measured once and kept."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    _kept: dict[tuple, float] = field(default_factory=dict)
+
+    def linear(self, tokens: int, inner: int, outer: int) -> float:
+        """A linear with bias on the stream."""
+        key = ("linear", tokens, inner, outer)
+        if key not in self._kept:
+            x, weight, bias = self._randn(tokens, inner), self._randn(outer, inner), self._randn(outer)
+            self._kept[key] = self._part("linear", lambda: F.linear(x, weight, bias))
+        return self._kept[key]
+
+    def quantized_linear(self, tokens: int, layer: nn.Module, inner: int, outer: int, recipe: HiF8Recipe) -> float:
+        """The faster of `layer`, a quantized linear of these features, without the quantization of its input, and of
+        the device's FP8 product with scales per tensor and sums like those of the recipe, where it has one.
+        """
+        key = ("quantized", tokens, inner, outer, repr(layer))
+        if key not in self._kept:
+            x = self._randn(1, tokens, inner)
+            found = self._part("linear", lambda: layer(x))
+            del x
+            self._kept[key] = min(found, self._fp8(tokens, inner, outer, fast=recipe.accumulate == "fast"))
+        return self._kept[key]
+
+    def _fp8(self, tokens: int, inner: int, outer: int, *, fast: bool) -> float:
+        """Infinite where there is no such product."""
+        one = torch.ones((), device=self.device)
+        try:
+            x, weight = (self._randn(n, inner).to(torch.float8_e4m3fn) for n in (tokens, outer))
+            bias = self._randn(outer)
+
+            def product() -> Tensor:
+                return torch._scaled_mm(x, weight.T, one, one, bias=bias, out_dtype=self.dtype, use_fast_accum=fast)
+
+            return self._part("linear", product)
+        except (RuntimeError, ValueError, NotImplementedError):  # no FP8 at all, or not at this shape
+            return float("inf")
+
+    def attention(
+        self, attend: Attend, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], pieces: Subsequences | None = None
+    ) -> float:
+        """`attend` on [B, S, H, D], inside `pieces` if given; without what it does to q, k and v before."""
+        key = ("attention", repr(attend), q_shape, kv_shape, pieces and pieces.lengths)
+        if key not in self._kept:
+            q, k, v = self._randn(*q_shape), self._randn(*kv_shape), self._randn(*kv_shape)
+            self._kept[key] = self._part("attention", lambda: attend(q, k, v, pieces))
+        return self._kept[key]
+
+    def copy(self, elements: int) -> float:
+        """Bytes per second, read and written, of a copy of `elements`."""
+        key = ("copy", elements)
+        if key not in self._kept:
+            x = self._randn(elements)
+            out = torch.empty_like(x)
+            self._kept[key] = timed(lambda: out.copy_(x), self.device, repeats=5).median
+        return 2 * elements * self.dtype.itemsize / (1e-3 * self._kept[key])
+
+    def _part(self, part: str, call) -> float:
+        call()
+        return profiled(call, self.device, repeats=REPEATS)[part]
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)

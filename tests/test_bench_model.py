@@ -1,0 +1,402 @@
+"""The benchmark of a forward: counts against small cases added up by hand, parts by names, and the command on a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ospnext import atomic
+from ospnext.bench import diffusers_twin, floor, measure, parts, report, rows, variants, weights
+from ospnext.bench.measure import Timing
+from ospnext.bench.rows import Row
+from ospnext.bench.session import Session
+from ospnext.bench.variants import VARIANTS, Variant
+from ospnext.bench.workload import PRESETS, workload
+from ospnext.cli import main
+from ospnext.models import TransformerConfig
+from ospnext.models.flops import forward_flops
+from ospnext.ops import HiF8Recipe
+from ospnext.pipelines.compile import OPTIONS
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+SIZE = ["--preset", "tiny", "--resolution", "64x96", "--frames", "5", "--repeats", "1", "--quiet"]
+#: C = 8, F = 20, one layer, patches of 4 channels: all small enough to add up by hand.
+HAND = TransformerConfig(dim=8, ffn_dim=20, num_heads=2, num_layers=1, text_len=3, in_dim=1, out_dim=1, freq_dim=2)
+
+
+# ---- what a benchmark runs
+
+
+def test_workloads_have_the_known_tokens():
+    """Section 2.2 of arXiv 2605.28691 and the published shapes of Wan2.1."""
+    known = {"480p": 32_760, "720p": 75_600, "768p": 80_640}
+    assert {name: workload("14b", name).tokens for name in known} == known
+    assert workload("14b", "720p").grid == (21, 45, 80)
+    assert workload("1.3b", "1080p").grid == (21, 68, 120)
+    assert workload("tiny", "64x96", frames=5).grid == (2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "full"), [(40, 8), (20, 4), (10, 4), (8, 4), (6, 0), (2, 0)], ids=lambda value: str(value)
+)
+def test_a_shorter_model_keeps_the_pattern(layers, full):
+    work = workload("14b", "480p", layers=layers)
+    assert (work.config.num_layers, work.config.num_full_blocks) == (layers, full)
+    assert work.shortened == (layers != 40)
+    assert ("of 40 layers" in str(work)) == (layers != 40)
+    assert set(work.config.block_kinds) == {"token", "group"} | ({"full"} if full else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "14bb"], "unknown preset '14bb' (did you mean '14b'?); presets: 14b, 1.3b, tiny"),
+        (["--resolution", "720"], "unknown resolution '720' (did you mean '720p'?)"),
+        (["--resolution", "720p,100x96"], "resolution 100x96: height and width must be multiples of 16"),
+        (["--frames", "80"], "--frames 80: a latent holds 4 frames after the first; 77 or 81 fit"),
+        (["--layers", "7"], "--layers 7: give an even number from 2 to the preset's 8"),
+        (["--variants", "osp,sparse"], "unknown variant 'sparse'"),
+        (["--variants", "osp,osp-hif"], "did you mean 'osp-hif8'?); variants: dense, osp, osp-hif8"),
+        (["--variants", "osp,osp"], "name each variant once"),
+        (["--repeats", "0"], "--repeats 0: at least one forward must be timed"),
+        (["--json", "no/such/folder/a.json"], "there is no folder no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_word_is_named_before_anything_runs(options, said, capsys, monkeypatch):
+    monkeypatch.setattr(Session, "rows", lambda self: pytest.fail("it ran"))
+    assert main(["bench", "model", *SIZE, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- floors
+
+
+def test_linears_by_hand():
+    """10 tokens: 6 products 8 -> 8, 8 -> 20, 20 -> 8, and 4 -> 8 and 8 -> 4 outside."""
+    assert floor.block_linears(HAND) == {(8, 8): 6, (8, 20): 1, (20, 8): 1}
+    assert floor.outer_linears(HAND) == {(4, 8): 1, (8, 4): 1}
+    assert floor.linear_flops(HAND, 10) == 2 * 10 * (6 * 64 + 2 * 160 + 2 * 32)
+
+
+def test_shapes_that_coincide_are_added_up():
+    square = HAND.replace(ffn_dim=8, num_layers=2)
+    assert floor.block_linears(square) == {(8, 8): 16}
+
+
+def test_attention_by_hand():
+    """Grid (1, 2, 3), k = 2: token pieces have 2, 1, 2 and 1 tokens."""
+    assert floor.attention_flops(HAND, (1, 2, 3)) == 4 * 8 * 6 * 6 + 4 * 8 * 6 * 3
+    sparse = HAND.replace(num_layers=2, skiparse_model_type="dual_end", sparse_ratio=2)
+    assert floor.self_attention_flops(sparse, "token", (1, 2, 3)) == 4 * 8 * (2**2 + 1 + 2**2 + 1)
+    assert floor.cross_attention_flops(sparse, 6) == 4 * 8 * 6 * 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_floors_count_what_the_flop_model_counts(preset):
+    """All but the embedding of the timestep and the text, which are not floors."""
+    config, grid = PRESETS[preset], (5, 6, 7)
+    flops, tokens = forward_flops(config, grid), 210
+    assert floor.attention_flops(config, grid) == flops.attention + flops.cross
+    outer = 2 * tokens * sum(inner * outer for inner, outer in floor.outer_linears(config))
+    assert floor.linear_flops(config, tokens) - outer == flops.linear
+    assert outer <= flops.embeddings
+
+
+def test_elementwise_bytes_by_hand():
+    """One token, C = 8, F = 20, 2 bytes. Reads 12 C + F = 116, writes 9 C + F = 92; the head reads and writes 2 C = 16.
+
+    With codes 3 C + F = 44 of the writes are one byte instead of two.
+    """
+    row = HiF8Recipe(granularity="row")
+    assert floor.elementwise_bytes(HAND, 1, 2) == 2 * (116 + 92) + 2 * 16
+    assert floor.elementwise_bytes(HAND, 1, 2, HiF8Recipe()) == floor.elementwise_bytes(HAND, 1, 2)
+    assert floor.elementwise_bytes(HAND, 1, 2, row) == 2 * (116 + 92) + 2 * 16 - 44
+    assert floor.elementwise_bytes(HAND.replace(num_layers=3), 5, 2) == 5 * (3 * 416 + 32)
+
+
+def test_quantize_bytes_by_hand():
+    """2 C = 16 elements of attention: 3 bytes each by rows, 5 per tensor; the other 44 only per tensor, 3 each."""
+    assert floor.quantize_bytes(HAND, 1, 2, None) == 0
+    assert floor.quantize_bytes(HAND, 1, 2, HiF8Recipe(granularity="row")) == 16 * 3
+    assert floor.quantize_bytes(HAND, 1, 2, HiF8Recipe()) == 16 * 5 + 44 * 3
+
+
+def test_elementwise_floor_of_the_large_model():
+    """A block of the 14B at 768P, at the 4.15 TB/s that a copy reaches on an H200: about 5 ms if all is fused."""
+    config, tokens = variants.dense(PRESETS["14b"]), 80_640
+    milliseconds = 1e3 * floor.elementwise_bytes(config, tokens, 2) / config.num_layers / 4.15e12
+    assert milliseconds == pytest.approx(5.26, abs=0.05)
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        ("aten::addmm aten::linear", "linear"),
+        ("aten::_scaled_mm ospnext::quantized_linear", "linear"),
+        ("aten::clone ospnext::quantized_linear", "linear"),
+        ("ospnext::attention", "attention"),
+        ("aten::bmm aten::matmul ospnext::attention", "attention"),
+        ("aten::copy_ ospnext::native_attention", "attention"),
+        ("aten::_flash_attention_forward aten::scaled_dot_product_attention", "attention"),
+        ("aten::amax ospnext::hif8_quantize", "quantize"),
+        ("ospnext::hif8_fake_quantize", "quantize"),
+        ("ospnext::layer_norm_modulate", "elementwise"),
+        ("aten::copy_ ospnext::layer_norm_modulate_quantize", "elementwise"),
+        ("aten::mul_", "elementwise"),
+        ("aten::native_layer_norm aten::layer_norm", "elementwise"),
+        ("triton_poi_fused_add_mul_0 CompiledFunction", "elementwise"),
+        ("aten::copy_ aten::to", "other"),
+        ("aten::fill_", "other"),
+    ],
+)
+def test_an_operator_belongs_to_its_part(names, part):
+    assert parts.part_of(names.split()) == part
+
+
+def test_profiled_time_is_that_of_the_operators():
+    x, weight = torch.randn(256, 256), torch.randn(256, 256)
+    found = parts.profiled(lambda: (torch.mm(x, weight), x.clone()), CPU)
+    assert set(found) == set(parts.PARTS)
+    assert found["linear"] > 0 < found["other"]
+    assert found["attention"] == found["quantize"] == 0
+    assert parts.profiled(lambda: torch.nn.functional.gelu(x), CPU)["elementwise"] > 0
+
+
+# ---- weights and variants
+
+
+def test_variants_share_the_very_weights():
+    config = PRESETS["tiny"]
+    state = weights.random_state(config, CPU)
+    dense, sparse = (VARIANTS[name].build(config, state) for name in ("dense", "osp"))
+    for model in (dense, sparse):
+        assert {name: t.data_ptr() for name, t in model.state_dict().items()} == {
+            name: t.data_ptr() for name, t in state.items()
+        }
+    assert not dense.config.sparse
+    assert sparse.config.sparse
+
+
+def test_no_branch_of_the_random_model_is_switched_off():
+    """Branches have about the size of the stream and gates that of 1: an error in any of them shows in the output."""
+    work = workload("tiny", "64x96", frames=5)
+    model = VARIANTS["dense"].build(work.config, weights.random_state(work.config, CPU, torch.float32))
+    inputs = weights.random_inputs(work, CPU, torch.float32)
+    branches: list[float] = []
+    gates: list[float] = []
+
+    def size(tensor: torch.Tensor) -> float:
+        return tensor.square().mean().sqrt().item()
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, given: gates.append(size((block.modulation + given[1])[:, 2::3])))
+        for branch in (block.self_attn, block.cross_attn, block.ffn):
+            branch.register_forward_hook(lambda _, given, out: branches.append(size(out)))
+    out = model(inputs.latents_BCTHW, inputs.timestep_B, inputs.text_BLC)
+    assert len(branches) == 3 * len(gates) == 3 * 8
+    assert min(branches) > 0.1
+    assert min(gates) > 0.4
+    assert out.std() > 0.1
+
+
+def test_weights_that_wait_for_other_variants_are_not_in_the_peak():
+    from ospnext.bench.session import _parked
+
+    config = PRESETS["tiny"]
+    state = weights.random_state(config, CPU)
+    assert _parked(state, VARIANTS["osp"].build(config, state)) == 0
+    quantized = sum(
+        t.nbytes for name, t in state.items() if t.ndim == 2 and name.startswith("blocks") and "norm" not in name
+    )
+    assert _parked(state, VARIANTS["osp-hif8"].build(config, state)) == quantized
+
+
+# ---- rows and reports
+
+
+def row(variant: str, times: tuple[float, ...] = (), **more) -> Row:
+    timing = Timing(times) if times else None
+    return Row(workload("tiny", "64x96", frames=5), variant, "off", timing=timing, **more)
+
+
+def test_ratios_say_how_many_times_faster():
+    found = [row("dense", (10.0, 12.0, 11.0)), row("osp", (5.0,)), row("osp-hif8", error="no")]
+    assert rows.ratio(found[1], "dense", found) == pytest.approx(2.2)
+    assert rows.ratio(found[2], "dense", found) is None
+    assert rows.ratio(found[1], "diffusers-compiled", found) is None
+    elsewhere = replace(found[1], work=workload("tiny", "64x64", frames=5))
+    assert rows.ratio(elsewhere, "dense", found) is None
+
+
+def test_share_of_kernels_and_idle_time():
+    times = {"linear": 30.0, "attention": 40.0, "elementwise": 10.0, "quantize": 0.0, "other": 5.0}
+    floors = {"linear": 28.0, "attention": 38.0, "elementwise": 5.0, "quantize": 0.0}
+    found = row("dense", (100.0,), parts=times, floors=floors)
+    assert found.of_kernels == pytest.approx(0.66)
+    assert found.idle == pytest.approx(15.0)
+    text = report.markdown([found], {"device": "cpu"})
+    assert "dense reaches 66% of its kernels" in text
+    assert "| linear | 30.0 | 30% | 28.0 | 93% |" in text
+    assert "| no operator | 15.0 | 15% |  |  |" in text
+
+
+def test_repeats_are_timed_one_by_one():
+    calls = []
+    found = measure.timed(lambda: calls.append(None), CPU, repeats=4, warm_up=2)
+    assert len(calls) == 6
+    assert len(found.times) == 4
+    assert found.shortest <= found.median <= found.longest
+
+
+# ---- the command
+
+ROW_KEYS = {
+    *("preset", "resolution", "height", "width", "frames", "tokens", "layers", "shortened", "variant", "compile"),
+    *("milliseconds", "min", "max", "repeats", "ratio_to_dense", "ratio_to_diffusers_compiled", "peak_gib", "tflop"),
+    *("of_kernels", "parts", "floors", "idle", "difference_to", "kernels", "error"),
+}
+
+
+def bench(tmp_path, *options: str, code: int = 0) -> dict:
+    path = tmp_path / "bench.json"
+    assert main(["bench", "model", *SIZE, "--json", str(path), "--out", str(tmp_path / "bench.md"), *options]) == code
+    return json.loads(path.read_text())
+
+
+def test_the_command_from_end_to_end(tmp_path, capsys):
+    found = bench(tmp_path, "--backend", "reference", "--variants", ",".join(VARIANTS))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["backend"] == "reference"
+    by_name = {r["variant"]: r for r in found["rows"]}
+    assert list(by_name) == ["dense", "osp", "osp-hif8", "osp-hif8-tensor", "osp-hif8-attn"]
+    for name, r in by_name.items():
+        assert r.keys() == ROW_KEYS
+        assert r["error"] is None
+        assert r["tokens"] == 48
+        assert 0 < r["min"] <= r["milliseconds"] <= r["max"]
+        assert r["ratio_to_dense"] == pytest.approx(by_name["dense"]["milliseconds"] / r["milliseconds"])
+        assert r["ratio_to_diffusers_compiled"] is None
+        assert r["parts"].keys() == set(parts.PARTS)
+        assert r["floors"].keys() == set(parts.PARTS) - {"other"}
+        assert r["parts"]["linear"] > 0 < r["parts"]["attention"]
+        assert (r["parts"]["quantize"] > 0) == ("hif8" in name) == (r["floors"]["quantize"] > 0)
+        assert r["kernels"]["attention"].keys() <= {"reference.sdpa", "reference.math"}
+        assert ("quantized_linear" in r["kernels"]) == ("hif8" in name)
+        assert ("native_attention" in r["kernels"]) == (name == "osp-hif8-attn")
+    # A sparse model is another one; HiFloat8 is the same with an error of some percent (docs/hif8.md).
+    assert by_name["osp"]["difference_to"]["dense"] > 0.05
+    for name in ("osp-hif8", "osp-hif8-tensor", "osp-hif8-attn"):
+        assert 1e-3 < by_name[name]["difference_to"]["osp"] < 0.15
+    text = capsys.readouterr().out
+    assert text.strip() == (tmp_path / "bench.md").read_text().strip()
+    assert "dense reaches" in text
+    assert "reference.hif8" in text
+
+
+def test_a_variant_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch):
+    def build(self, config, state):
+        if self.name == "osp":
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 1 TiB")
+        return built(self, config, state)
+
+    built = Variant.build
+    monkeypatch.setattr(Variant, "build", build)
+    found = bench(tmp_path, "--variants", "dense,osp,osp-hif8", code=1)
+    assert [r["error"] is None for r in found["rows"]] == [True, False, True]
+    failed = found["rows"][1]
+    assert failed["error"] == "OutOfMemoryError: out of memory: tried to allocate 1 TiB"
+    assert failed["milliseconds"] is failed["ratio_to_dense"] is failed["peak_gib"] is None
+    assert "- osp FAILED: OutOfMemoryError: out of memory" in capsys.readouterr().out
+
+
+def test_times_are_kept_where_nothing_can_be_said_about_parts(tmp_path, monkeypatch, capsys):
+    def profiled(*given, **settings):
+        raise RuntimeError("no counters")
+
+    monkeypatch.setattr("ospnext.bench.session.profiled", profiled)
+    (found,) = bench(tmp_path, "--variants", "dense", code=1)["rows"]
+    assert found["error"] == "times only: RuntimeError: no counters"
+    assert found["milliseconds"] > 0
+    assert found["parts"] == found["floors"] == {}
+    assert found["of_kernels"] is found["idle"] is None
+    text = capsys.readouterr().out
+    assert "- dense FAILED: times only" in text
+    assert "| dense | off |" in text
+
+
+def test_an_output_that_is_not_finite_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "ospnext.models.transformer.OSPNextTransformer._unpatchify",
+        lambda self, patches, leave, grid: torch.full((1, 1), float("nan")),
+    )
+    assert bench(tmp_path, "--variants", "dense", code=1)["rows"][0]["error"] == (
+        "RuntimeError: the output is not finite"
+    )
+
+
+def test_files_are_written_after_each_variant(tmp_path, monkeypatch):
+    """What was measured survives an interruption."""
+    written = []
+    write = atomic.write_text
+    monkeypatch.setattr(atomic, "write_text", lambda path, text: (written.append(path.suffix), write(path, text)))
+    bench(tmp_path, "--variants", "dense,osp", "--layers", "2")
+    assert written == [".json", ".md", ".json", ".md"]
+    assert "Shortened: 2 layers (0 full where the model is sparse) instead of 8." in (tmp_path / "bench.md").read_text()
+
+
+def test_compiled_blocks_are_traced_once_per_kind(tmp_path, monkeypatch):
+    """aot_eager runs the traced graphs with eager kernels; a trace that breaks, or one too many, is an error row."""
+    monkeypatch.setitem(OPTIONS["blocks"], "backend", "aot_eager")
+    found = bench(tmp_path, "--variants", "dense,osp", "--compile", "blocks")
+    assert [r["error"] for r in found["rows"]] == [None, None]
+    assert {r["compile"] for r in found["rows"]} == {"blocks"}
+
+
+# ---- against diffusers
+
+
+def test_diffusers_computes_the_same_velocity(monkeypatch):
+    """In fp32, through the key map and on shared weights; the bound is that of test_model_against_diffusers."""
+    pytest.importorskip("diffusers")
+    work = workload("tiny", "64x96", frames=5)
+    state, inputs = (
+        weights.random_state(work.config, CPU, torch.float32),
+        weights.random_inputs(work, CPU, torch.float32),
+    )
+    ours = VARIANTS["dense"].build(work.config, state)
+    theirs = diffusers_twin.twin(variants.dense(work.config), state)
+    assert theirs.blocks[3].ffn.net[2].weight.data_ptr() == state["blocks.3.ffn.2.weight"].data_ptr()
+    name = diffusers_twin.fastest_attention(work.config, work.tokens, CPU, torch.float32)
+    forward = diffusers_twin.forward_of(theirs, name, inputs, compiled=False)
+    expected = ours(inputs.latents_BCTHW, inputs.timestep_B, inputs.text_BLC)
+    assert ((forward() - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_against_diffusers(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(diffusers_twin, "COMPILER", "aot_eager")
+    found = bench(tmp_path, "--variants", "dense,osp", "--against", "diffusers", "--layers", "2")
+    dense, osp, theirs = found["rows"]
+    assert theirs["variant"] == "diffusers-compiled"
+    assert theirs["error"] is None
+    # Both round to bf16, 2^-9, in other places: several percent would be another function.
+    assert theirs["difference_to"]["dense"] < 2e-2
+    assert dense["ratio_to_diffusers_compiled"] == pytest.approx(theirs["milliseconds"] / dense["milliseconds"])
+    assert osp["ratio_to_diffusers_compiled"] is not None
+    assert next(iter(theirs["kernels"]["attention"])).startswith("diffusers.")
+
+
+def test_without_diffusers_the_error_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(["bench", "model", *SIZE, "--against", "diffusers"]) == 2
+    assert "pip install 'ospnext[t2v]'" in capsys.readouterr().err
