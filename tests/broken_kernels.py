@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import broken_attention as attention
 import broken_fused as fused
+import broken_native_attention as native
 import broken_quantize as quantize
 import broken_sizes as sizes
 import broken_unseen as unseen
@@ -47,7 +48,9 @@ class Mutant:
 
 
 (SDPA, MATH) = MANIFEST.offers("attention")
-_FUSED_FEATURES = frozenset({"affine", "modulated", "gated", "permuted", "backward"})
+_FUSED_FEATURES = frozenset(
+    {*("affine", "modulated", "gated", "permuted", "backward"), *("scale_max", "scale_mode", "granularity", "carried")}
+)
 
 BEYOND = " times its bound"
 OVERWRITTEN = "was written to"
@@ -239,7 +242,9 @@ SIZES = (
 
 def _of_fused(kernel: fused.Honest, kills: str, spares: str, says: str = BEYOND) -> tuple[str, Mutant]:
     """`kills` and `spares` are ids without "fused.<operator>/optional/", separated by blanks."""
-    name = f"{kernel.operator}_{_name(type(kernel))}" if _name(type(kernel)) in _SEVERAL else _name(type(kernel))
+    name = _name(type(kernel))
+    if name in _SEVERAL or kernel.operator != type(kernel).operator:
+        name = f"{kernel.operator}_{name}"
     globals()[name] = kernel
     contract = f"fused.{kernel.operator}"
     broken = Implementation(f"{name}.kernel", contract, f"{__name__}:{name}", handles=_FUSED_FEATURES)
@@ -255,6 +260,7 @@ _LONG = {
     "rms_norm": "",
     "layer_norm_modulate": "-affine-modulated",
     "rope": "",
+    "rms_norm_rope": "",
     "gate_residual": "-gated-permuted",
     "gelu_tanh": "",
 }
@@ -266,6 +272,13 @@ FUSED = (
     _of_fused(_F.ResultInFp32("rms_norm"), "bf16-plain", "fp32-plain", "the contract asks for"),
     _of_fused(_F.WrongStrides("rms_norm"), "fp32-plain bf16-plain", NO_FUSED, "strides"),
     _of_fused(_F.WeightGradientOfOneSample(), "fp32-backward bf16-backward", "fp32-plain"),
+    _of_fused(_F.HalvesTurned(), "fp32-plain bf16-plain bf16-backward", NO_FUSED),
+    _of_fused(_F.TurnsWhatIsNotNormed(), "fp32-plain bf16-plain", NO_FUSED),
+    _of_fused(_F.TurnsBeforeTheNorm(), "fp32-plain bf16-plain", NO_FUSED),
+    _of_fused(_F.NormOfEachHead(), "fp32-plain bf16-plain", NO_FUSED),
+    _of_fused(_F.RmsWeightDropped("rms_norm_rope"), "fp32-plain bf16-plain", NO_FUSED),
+    _of_fused(_F.WeightGradientOfOneSample("rms_norm_rope"), "fp32-backward bf16-backward", "fp32-plain"),
+    _of_fused(_F.RopeBackwardTurnsForward("rms_norm_rope"), "fp32-backward bf16-backward", "fp32-plain"),
     _of_fused(_F.LayerNormUnbiasedVariance(), "fp32-plain fp32-affine-modulated", NO_FUSED),
     _of_fused(_F.LayerNormScaleWithoutOne(), "fp32-modulated bf16-affine-modulated", "fp32-affine"),
     _of_fused(_F.ScaleAndShiftSwapped(), "fp32-modulated bf16-affine-modulated", "fp32-affine"),
@@ -275,6 +288,28 @@ FUSED = (
     _of_fused(_F.ResidualInPlace(), "fp32-plain bf16-gated-permuted", NO_FUSED, OVERWRITTEN),
     _of_fused(_F.GeluErf(), "fp32-plain", NO_FUSED),
     _of_fused(_F.GeluInPlace(), "fp32-plain bf16-plain", NO_FUSED, OVERWRITTEN),
+    _of_fused(_F.ScaleOfTheTensor(), "bf16-plain fp32-affine-modulated bf16-affine-modulated-carried", NO_FUSED),
+    _of_fused(_F.QuantizesBeforeModulation(), "fp32-modulated fp32-affine-modulated", "bf16-zerorow"),
+    _of_fused(_F.ScaleBeforeModulation(), "fp32-modulated bf16-affine-modulated", "fp32-plain bf16-affine"),
+    _of_fused(
+        _F.CarriedScaleNotDivided(), "bf16-affine-modulated-carried fp32-affine-modulated-carried-224", "bf16-plain"
+    ),
+    _of_fused(_F.NanOfOneRowInAll(), "bf16-affine-modulated-nan bf16-affine-modulated-inf", "bf16-plain"),
+    _of_fused(
+        _F.ScaleOfTheFirstRow(),
+        "bf16-affine-modulated-tensor fp32-affine-modulated-tensor-carried",
+        "bf16-plain fp32-affine-modulated-carried",
+    ),
+    _of_fused(_F.QuantizedInPlace(), "fp32-plain bf16-affine", NO_FUSED, OVERWRITTEN),
+    _of_fused(_F.CarriedForgotten(), "bf16-carried fp32-carried-224", "bf16-plain fp32-pow2"),
+    _of_fused(_F.ScaleSettingsForgotten(), "bf16-pow2 fp32-224 fp32-carried-224", "bf16-plain fp32-carried"),
+    _of_fused(_F.CodesOfX(), "bf16-plain fp32-carried", NO_FUSED),
+    _of_fused(_F.NanIsNotTheLargest(), "bf16-nan fp32-nan bf16-carried-nan", "bf16-plain"),
+    _of_fused(_F.ZeroRowHasNoScale(), "bf16-zerorow fp32-zerorow bf16-carried-zerorow", "bf16-plain"),
+    *(
+        _of_fused(_F.LosesRowsPast65535(name), f"n75600-bf16-{words}", NO_FUSED)
+        for name, words in (("layer_norm_modulate_quantize", "affine-modulated"), ("gelu_tanh_quantize", "plain"))
+    ),
     *(_of_fused(_F.LosesTokensPast65535(name), f"n75600-bf16{_LONG[name] or '-plain'}", NO_FUSED) for name in _LONG),
 )
 
@@ -285,6 +320,7 @@ _QUANTIZE_FEATURES = frozenset(
     {
         *("saturate", "scale_max", "scale_mode", "granularity", "given_amax"),
         *("x_granularity", "weight_granularity", "bias", "accumulate", "backward", "grad_scale_max", "mixed_bias"),
+        *("packed", "custom_scale"),
     }
 )
 
@@ -295,7 +331,8 @@ def _of_quantize(kernel: type, kills: str, spares: str, says: str = BEYOND) -> t
     """
     name, contract = _name(kernel), kernel.contract
     globals()[name] = kernel()
-    broken = Implementation(f"{name}.hif8", contract, f"{__name__}:{name}", handles=_QUANTIZE_FEATURES)
+    features = _QUANTIZE_FEATURES | getattr(kernel, "features", frozenset())
+    broken = Implementation(f"{name}.hif8", contract, f"{__name__}:{name}", handles=features)
     honest = (
         dataclasses.replace(other, id=f"{name}.{other.id.partition('.')[2]}")
         for other in MANIFEST.implementations
@@ -306,6 +343,7 @@ def _of_quantize(kernel: type, kills: str, spares: str, says: str = BEYOND) -> t
 
 
 _Q = quantize
+_CARRIED = "hif8_quantize/optional/bf16-carried hif8_quantize/optional/fp32-carried-row"
 QUANTIZE = (
     _of_quantize(_Q.TiesToEven, "bf16-all fp16-all fp32-boundaries", "bf16-scalar"),
     _of_quantize(_Q.TiesTowardsZero, "bf16-all fp32-boundaries", "bf16-scalar"),
@@ -335,6 +373,8 @@ QUANTIZE = (
     _of_quantize(_Q.ScaleIgnored, "bf16-tensor fp32-row", "bf16-zero", "codes is"),
     _of_quantize(_Q.ScaleAppliedTwice, "bf16-tensor fp32-row", "bf16-zero", "codes is"),
     _of_quantize(_Q.ReciprocalProduct, "hif8_quantize/optional/bf16-division", "fp32-tensor bf16-ties", "codes is"),
+    _of_quantize(_Q.CarriedScaleKept, _CARRIED, "bf16-tensor", "scale is"),
+    _of_quantize(_Q.CarriedUnshifted, _CARRIED, "bf16-tensor", "codes is"),
     _of_quantize(_Q.NotScaledBack, "bf16-tensor fp32-row", "hif8_encode/required/bf16-scalar"),
     _of_quantize(_Q.NotRounded, "bf16-tensor fp32-row fp32-ties", "hif8_encode/required/bf16-scalar"),
     _of_quantize(_Q.RankLocalRoundTrip, "bf16-given fp32-given hif8_shared_amax/required/r2-bf16", "bf16-tensor"),
@@ -344,6 +384,7 @@ QUANTIZE = (
     _of_quantize(_Q.BiasBeforeScales, "fp32-backward bf16-stored", "fp32-plain bf16-exact-backward"),
     _of_quantize(_Q.BiasDropped, "fp32-backward bf16-stored fp32-k0", "fp32-plain"),
     _of_quantize(_Q.SumsInBf16, "fp32-plain fp32-k13824", "fp32-k1-n1-backward"),
+    _of_quantize(_Q.SumsKeep14Bits, "fp32-k13824 bf16-aligned-k13824", "fp32-k1-n1-backward bf16-tiles-backward"),
     _of_quantize(_Q.LastFeaturesNotAdded, "fp32-plain bf16-backward", "bf16-tiles-backward"),
     _of_quantize(_Q.LastTokensLost, "fp32-plain bf16-m1-backward", "bf16-tiles-backward"),
     _of_quantize(_Q.OneScalePerTensor, "fp32-row bf16-stored-row", "bf16-backward"),
@@ -354,6 +395,32 @@ QUANTIZE = (
     _of_quantize(_Q.BiasGradientNotScaled, "fp32-backward bf16-backward", "fp32-rawbias-backward"),
     _of_quantize(_Q.WeightGradientInTheDtypeOfX, "bf16-fp32weight-backward", "bf16-backward"),
     _of_quantize(_Q.CodesWritten, "bf16-stored fp32-stored-row", "fp32-plain", OVERWRITTEN),
+)
+
+
+# ---- attention on 8-bit operands
+
+
+def _of_native(kernel: type, kills: str, spares: str) -> tuple[str, Mutant]:
+    """`kills` and `spares` are ids without "native_attention/optional/", separated by blanks."""
+    kills, spares = (" ".join(_ids("native_attention/optional/", words)) for words in (kills, spares))
+    return _of_quantize(kernel, kills, spares)
+
+
+_N = native
+NATIVE = (
+    _of_native(_N.ProbabilitiesInE5m2, "bf16-plain fp32-plain bf16-packed", "bf16-zeroscale bf16-needle"),
+    _of_native(_N.ProbabilitiesTruncated, "bf16-plain fp32-plain bf16-packed", "bf16-zeroscale bf16-needle"),
+    _of_native(_N.SmallProbabilitiesLost, "fp32-plain fp32-packed bf16-k20160", "bf16-zeroscale bf16-needle"),
+    _of_native(_N.ResultClipped, "bf16-needle fp32-needle", "bf16-plain fp32-plain"),
+    _of_native(_N.ResultInE5m2, "bf16-plain fp32-packed bf16-large", NO_KERNEL),
+    _of_native(_N.KeyScaleForgotten, "bf16-plain bf16-packed bf16-pow2", "bf16-zeroscale"),
+    _of_native(_N.ScalesTwiceAsLarge, "bf16-plain bf16-zeroscale fp32-cross", NO_KERNEL),
+    _of_native(_N.PlainE4m3, "bf16-pow2", "bf16-plain"),
+    _of_native(_N.LongSumsKeep14Bits, "bf16-k20160-offset", "bf16-zeroscale bf16-plain"),
+    _of_native(_N.CentreForgotten, "bf16-plain bf16-k20160-offset fp32-packed", NO_KERNEL),
+    _of_native(_N.NotQuantized, "bf16-scale fp32-plain bf16-pow2", "bf16-zeroscale"),
+    _of_native(_N.PackedAsOne, "bf16-packed fp32-packed-empty", "bf16-plain"),
 )
 
 
@@ -432,8 +499,8 @@ SELECTION = (
     ),
 )
 
-MUTANTS: dict[str, Mutant] = dict((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *SELECTION))
-assert len(MUTANTS) == len((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *SELECTION))
+MUTANTS: dict[str, Mutant] = dict((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *NATIVE, *SELECTION))
+assert len(MUTANTS) == len((*ATTENTION, *SIZES, *FUSED, *QUANTIZE, *NATIVE, *SELECTION))
 
 #: Found by no check so far: broken_unseen.py says why each is there.
 UNSEEN: dict[str, Mutant] = dict(

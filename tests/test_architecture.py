@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"ops", "numerics", "sparse", "parallel"},
     "pipelines": {"ops", "sparse", "diffusion", "parallel", "models"},
     "generation": {"ops", "sparse", "diffusion", "parallel", "models", "pipelines"},
+    "bench": {"ops", "sparse", "parallel", "models", "pipelines"},
     "training": {"ops", "numerics", "sparse", "diffusion", "parallel", "models"},
     "rl": {"ops", "sparse", "diffusion", "parallel", "models", "pipelines", "training"},
     "shapes": {"ops", "sparse", "diffusion", "parallel", "models", "pipelines", "training"},

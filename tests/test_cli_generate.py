@@ -199,6 +199,10 @@ def test_mistakes_are_found_before_diffusers_or_transformers_is_imported(tmp_pat
         "'seed' was given twice": [*good, "--seed", "1", "seed=2"],
         "unrecognized arguments: --sede": [*good, "--sede=1"],
         "invalid int value": [*good, "--seed", "x"],
+        "compile must be one of off, blocks, max, found 'fast'": [*good, "compile=fast"],
+        "sampling.batched_guidance must be one of auto, on, off": [*good, "sampling.batched_guidance=yes"],
+        "vae.tiling must be one of auto, on, off": [*good, "vae.tiling=true"],
+        "--report-quant looks into layers": [*good, "quant=hif8", "--report-quant", "compile=blocks"],
     }
     code = (
         "import json, sys; from ospnext.cli import main\n"
@@ -226,7 +230,7 @@ def test_unexpected_exceptions_keep_their_traceback(fake, prompts):
 
 
 def test_a_run_passes_on_every_setting_and_records_it(fake, prompts, tmp_path, capsys):
-    more = ["sampling.guidance_scale=3.5", "scheduler.solver=unipc", "--seed", "20", "video.fps=8"]
+    more = ["sampling.guidance_scale=3.5", "scheduler.solver=unipc", "--seed", "20", "video.fps=8", "vae.tiling=on"]
     assert generate(*prompts, *more) == 0
     out = tmp_path / "out"
     assert files_in(out) == sorted([*NAMES, "config.yaml", "manifest.jsonl"])
@@ -246,6 +250,7 @@ def test_a_run_passes_on_every_setting_and_records_it(fake, prompts, tmp_path, c
         # Two steps with shift 5: sigmas 1, 5 * 0.5 / (1 + 4 * 0.5) and 0, as little-endian fp32.
         assert row["sigmas_sha256"] == hashlib.sha256(np.array([1, 2.5 / 3, 0], "<f4").tobytes()).hexdigest()
         assert row["backend"]["device"] == "cpu"
+        assert row["execution"] == {"compile": "off", "batched_guidance": "auto", "vae_tiling": "on"}
     assert fake.calls[0]["negative_prompt"] == ""
     assert fake.calls[1]["negative_prompt"].startswith("色调艳丽")
     lines = capsys.readouterr().out.splitlines()
@@ -290,6 +295,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(fake, prompts, tmp_path, cap
     assert capsys.readouterr().out == "3 of 3 on cpu\n"
     assert not (tmp_path / "out").exists()
     assert fake.calls == []
+
+
+def test_the_ways_to_run_reach_the_pipeline(tmp_path, checkpoint, monkeypatch):
+    found = {}
+    monkeypatch.setattr(
+        videos, "make_video", lambda run, job, pipeline, device: found.update(vars(pipeline)) or {"seconds": 0}
+    )
+    settings = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on"]
+    assert generate("fox", "--model", checkpoint, "--output", tmp_path / "out", *SMALL, *settings) == 0
+    assert (found["batched_guidance"], found["vae_tiling"], found["_compiled"].mode) == ("off", "on", "blocks")
 
 
 # ---- interruption and resuming
@@ -384,7 +399,8 @@ def test_resume_may_change_what_does_not_touch_the_videos(fake, prompts, tmp_pat
     assert generate(*prompts) == 0
     with (tmp_path / "p.jsonl").open("a") as file:
         file.write('{"prompt": "d"}\n')
-    assert generate(*prompts, "--resume", "--backend", "reference") == 0
+    how = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on"]
+    assert generate(*prompts, "--resume", "--backend", "reference", *how) == 0
     assert [call["prompt"] for call in fake.calls] == ["a", "b", "c", "d"]
 
 

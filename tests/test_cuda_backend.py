@@ -12,12 +12,13 @@ import torch
 from ospnext.backends.cuda import MANIFEST
 from ospnext.backends.cuda.attention.masked import Packs
 from ospnext.backends.cuda.attention.operands import aligned
-from ospnext.backends.cuda.e4m3 import shift_for, table
 from ospnext.backends.reference.attention import math
 from ospnext.numerics import hif8
+from ospnext.numerics.carrier import shift_for, table
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.contracts.collective import CollectiveRequest
+from ospnext.ops.contracts.native_attention import NativeAttentionRequest
 from ospnext.ops.contracts.quantize import QuantizeRequest
 from ospnext.ops.contracts.quantized_linear import QuantizedLinearRequest
 from ospnext.ops.policy import Policy
@@ -44,18 +45,18 @@ def decide(contract: str, request, device: DeviceInfo = HOPPER, missing: tuple[s
 DENSE = AttentionRequest("cuda", torch.bfloat16, 1, 75_600, 75_600, 40, 128)
 LINEAR = QuantizedLinearRequest("cuda", torch.bfloat16, (75_600, 5120, 5120), bias=True)
 ROUND_TRIP = QuantizeRequest("cuda", torch.bfloat16, (75_600, 5120))
-NO_FA4 = ("flash_attn.cute",)
+NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn_interface")
 
 
 @pytest.mark.parametrize(
     ("contract", "request_", "device", "missing", "chosen"),
     [
         ("attention", DENSE, HOPPER, (), "cuda.fa4"),
-        ("attention", DENSE, HOPPER, NO_FA4, "cuda.cudnn"),
-        ("attention", dataclasses.replace(DENSE, backward=True), HOPPER, NO_FA4, "cuda.flash"),
-        ("attention", dataclasses.replace(DENSE, head_dim=80, backward=True), HOPPER, (), "cuda.flash"),
+        ("attention", DENSE, HOPPER, NO_PACKAGES, "cuda.cudnn"),
+        ("attention", dataclasses.replace(DENSE, backward=True), HOPPER, NO_PACKAGES, "cuda.flash"),
+        ("attention", dataclasses.replace(DENSE, head_dim=80, backward=True), HOPPER, (), "cuda.fa3"),
         ("attention", dataclasses.replace(DENSE, head_dim=80), HOPPER, (), "cuda.fa4"),
-        ("attention", dataclasses.replace(DENSE, key_mask=True), HOPPER, NO_FA4, "cuda.flash"),
+        ("attention", dataclasses.replace(DENSE, key_mask=True), HOPPER, NO_PACKAGES, "cuda.flash"),
         ("attention", DENSE, AMPERE, (), "cuda.cudnn"),
         ("attention", dataclasses.replace(DENSE, dtype=torch.float32), HOPPER, (), "cuda.math"),
         ("attention", dataclasses.replace(DENSE, head_dim=20), HOPPER, (), "cuda.math"),
@@ -85,9 +86,15 @@ def test_two_ranks_on_one_gpu_are_told_why_not_nccl():
 PLAIN = {
     "attention": dataclasses.replace(DENSE, q_len=64, kv_len=64),
     "quantized_linear": dataclasses.replace(LINEAR, bias=False),
+    "native_attention": NativeAttentionRequest("cuda", torch.bfloat16, 1, 64, 64, 40, 128),
     "hif8_quantize": ROUND_TRIP,
     "hif8_fake_quantize": ROUND_TRIP,
     "collective": CollectiveRequest("cuda", torch.bfloat16, "all_reduce", 2, 64),
+}
+PLAIN |= {
+    name: contract.request("cuda", torch.bfloat16, (2, 203, 96))
+    for name, contract in CONTRACTS.items()
+    if name.startswith("fused.")
 }
 
 

@@ -144,7 +144,7 @@ def test_json_holds_the_whole_decision():
     assert found["contract"] == "attention"
     assert found["version"] == 1
     assert found["request"] == dataclasses.asdict(REQUEST) | {"dtype": "bfloat16"}
-    assert found["policy"] == {"backend": "acme", "ops": {}, "fallback": ["fused"]}
+    assert found["policy"] == {"backend": "acme", "ops": {}, "fallback": ["fused"], "tuning": None}
     assert (found["asked"], found["chosen"], found["fell_back"]) == ("acme (default)", "acme.wide", False)
     assert [(c["id"], c["status"]) for c in found["candidates"]] == [(c.id, c.status) for c in decision.candidates]
     assert found["candidates"][0]["reasons"] == [

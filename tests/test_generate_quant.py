@@ -177,6 +177,7 @@ def test_a_video_from_the_command_line_is_what_the_pipeline_makes(tmp_path, chec
         "scale_mode": "amax",
         "granularity": "tensor",
         "compat": "none",
+        "attention_blocks": None,
     }
     capsys.readouterr()
     assert generate(*settings, "quant=hif8", "quant_attn=hif8", "--resume") == 0

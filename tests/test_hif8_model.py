@@ -110,7 +110,7 @@ def test_a_second_conversion_is_refused_before_anything_changes():
     ("wrong", "message"),
     [
         ({"quant": "fp8"}, "quant must be none or hif8, got 'fp8'"),
-        ({"quant_attn": True}, "quant_attn must be none or hif8, got True"),
+        ({"quant_attn": True}, "quant_attn must be none or hif8 or hif8_native, got True"),
         ({"linears": ("q",)}, "linears: 'q' is not one of self_attn.q, .*, ffn.2"),
         ({"attention": ("attn",)}, "attention: 'attn' is not one of self_attn, cross_attn"),
         ({"blocks": "2:4"}, "blocks must be 'all' or numbers and ranges such as 2-37 or 0,4-9; got '2:4'"),

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from ospnext.errors import OSPNextError
+from ospnext.errors import ConfigError, OSPNextError
 from ospnext.pipelines import OSPNextPipeline, write_random_checkpoint
 
 PROMPTS = ["a cat walks on the grass", "two dogs run along the beach at sunset"]
@@ -200,7 +200,7 @@ def test_noise_is_that_of_wan_pipeline(ours, seeds, monkeypatch):
     forward = ours.transformer.forward
     monkeypatch.setattr(ours.transformer, "forward", lambda x, t, text: first.append(x) or forward(x, t, text))
     generator = generators if len(seeds) > 1 else generators[0]
-    ours(PROMPTS, **SIZE, num_inference_steps=1, generator=generator, output_type="latent")
+    ours(PROMPTS, **SIZE, num_inference_steps=1, guidance_scale=1, generator=generator, output_type="latent")
     assert torch.equal(first[0], expected)
     assert first[0].dtype == torch.float32
 
@@ -217,8 +217,13 @@ def count_calls(pipe, monkeypatch) -> Counter:
     return calls
 
 
-@pytest.mark.parametrize(("scale", "passes"), [(5.0, 2), (1.0, 1), (0.0, 1)])
-def test_guidance_doubles_the_passes_and_text_is_projected_once(sparse, monkeypatch, scale, passes):
+@pytest.mark.parametrize(
+    ("scale", "batched", "passes"), [(5.0, "off", 2), (5.0, "on", 1), (1.0, "on", 1), (0.0, "off", 1)]
+)
+def test_guidance_doubles_the_passes_or_the_batch_and_text_is_projected_once(
+    sparse, monkeypatch, scale, batched, passes
+):
+    monkeypatch.setattr(sparse, "batched_guidance", batched)
     calls = count_calls(sparse, monkeypatch)
     sparse(PROMPTS[0], **SIZE, num_inference_steps=3, guidance_scale=scale, output_type="latent")
     assert calls == {"forward": 3 * passes, "encode_text": passes}
@@ -233,6 +238,52 @@ def test_guidance_off_ignores_the_negative_prompt(sparse):
     other = sparse(**request, guidance_scale=5.0, negative_prompt=NEGATIVE, generator=seeded()).frames
     assert not torch.equal(plain, guided)
     assert not torch.equal(guided, other)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_batched_guidance_changes_roundings_only(checkpoint, dtype, bound):
+    """Of latents, relative to the largest: four steps multiply the roundings of two passes by the guidance scale."""
+    found = []
+    for batched in ("on", "off"):
+        pipe = OSPNextPipeline.from_pretrained(checkpoint, vae=None, batched_guidance=batched)
+        pipe.transformer.to(dtype)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.solver = "euler"  # whose latents are fp32 all the same
+        request = {**SIZE, "prompt": PROMPTS, "negative_prompt": [NEGATIVE, ""], "num_inference_steps": STEPS}
+        found.append(pipe(**request, num_videos_per_prompt=2, generator=seeded(), output_type="latent").frames)
+    largest = found[1].abs().max()
+    assert not torch.equal(found[0][0], found[0][1])
+    assert (found[0] - found[1]).abs().max() <= max(bound, 2**-22) * largest
+
+
+def test_batched_guidance_replaces_both_prompts(sparse, monkeypatch):
+    """A callback that changes one side of the text has the effect it has with one pass after the other."""
+    embeds, negative = sparse.encode_prompt(PROMPTS, NEGATIVE)
+    found = []
+    for batched in ("on", "off"):
+        monkeypatch.setattr(sparse, "batched_guidance", batched)
+        found.append(
+            sparse(
+                prompt_embeds=embeds[:1], negative_prompt_embeds=negative[:1], **SIZE, num_inference_steps=3,
+                generator=seeded(), output_type="latent",
+                callback_on_step_end=lambda p, i, t, given: {"prompt_embeds": embeds[1:]} if i == 0 else {},
+            ).frames
+        )  # fmt: skip
+    torch.testing.assert_close(*found, rtol=0, atol=TWO_FP32_RUNS * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["batched_guidance", "vae_tiling", "compile"])
+def test_an_unknown_way_to_run_lists_the_known(checkpoint, sparse, monkeypatch, name):
+    expected = "off, blocks, max; got 'fast'" if name == "compile" else "auto, on, off; got 'fast'"
+    with pytest.raises(ConfigError, match=f"{name} must be one of {expected}"):
+        OSPNextPipeline(sparse.transformer, None, None, **{name: "fast"})
+    if name == "compile":
+        with pytest.raises(ConfigError, match="compile must be one of"):
+            sparse.compile = "fast"
+    else:
+        monkeypatch.setattr(sparse, name, "fast")
+        with pytest.raises(ConfigError, match=f"{name} must be one of"):
+            sparse(PROMPTS[0], **SIZE)
 
 
 def test_sparse_attention_is_used_as_stored(sparse, ours):

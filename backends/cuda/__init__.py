@@ -9,12 +9,13 @@ _REFERENCE = "ospnext.backends.reference"
 _EVERY_FEATURE = frozenset({"packed", "key_mask", "custom_scale", "logsumexp", "backward", "deterministic"})
 _LINEAR = frozenset(
     {
-        *("x_granularity", "weight_granularity", "bias", "mixed_bias"),
+        *("x_granularity", "weight_granularity", "bias", "mixed_bias", "carried"),
         *("accumulate", "scale_max", "grad_scale_max", "backward"),
     }
 )
 _SCALED = frozenset({"scale_max", "scale_mode", "granularity", "given_amax"})
 _PLAIN = "plain PyTorch operators on the device: exact, not fast"
+_NOT_RUN = "written against its sources, not run on hardware yet"
 
 _FLASH_REFUSALS = (
     Refusal("dtype", {"dtype": torch.float32}),
@@ -24,6 +25,24 @@ _FLASH_REFUSALS = (
 
 _TRITON_REFUSALS = (Refusal("dtype", {"dtype": torch.float64}), Refusal("granularity", {"granularity": "channel"}))
 
+_FP64 = Refusal("dtype", {"dtype": torch.float64})
+#: Predicate of a fused kernel, and what it refuses.
+_ELEMENTS = ("triton_elements", (_FP64,))
+_ROWS = ("triton_rows", (_FP64, Refusal("row", {"shape": (2, 3, 20_000)})))
+_CODES = {"scale_max", "scale_mode", "granularity", "carried"}
+#: Fused operator -> (kind of its kernel, features of it and of its definition).
+_FUSED = {
+    "rms_norm": (_ROWS, {"backward"}),
+    "layer_norm_modulate": (_ROWS, {"affine", "modulated", "backward"}),
+    "rope": (_ROWS, {"backward"}),
+    "rms_norm_rope": (_ROWS, {"backward"}),
+    "gate_residual": (_ELEMENTS, {"gated", "permuted", "backward"}),
+    "gelu_tanh": (_ELEMENTS, {"backward"}),
+    "layer_norm_modulate_quantize": (_ROWS, {"affine", "modulated", *_CODES}),
+    "gelu_tanh_quantize": (_ROWS, _CODES),
+}
+_DEFINED = {name: features for name, (_, features) in _FUSED.items()} | {"linear_gelu_tanh": set()}
+
 MANIFEST = Manifest(
     backend="cuda",
     description="NVIDIA GPUs",
@@ -31,7 +50,8 @@ MANIFEST = Manifest(
     probe=f"{_HERE}.device:probe",
     priority=100,
     needs="an NVIDIA GPU of compute capability 8.0 or newer, its driver, and a CUDA build of PyTorch",
-    # Fastest first, as measured on Hopper.
+    # Fastest first, as measured on Hopper; predicates leave out what a generation of GPUs lacks. docs/cuda.md has the
+    # order for each.
     implementations=(
         Implementation(
             "cuda.fa4",
@@ -40,12 +60,28 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:fa4",
             handles=_EVERY_FEATURE,
             requires=("flash_attn.cute",),
+            install="pip install 'ospnext[cuda]'",
             refusals=(
                 Refusal("capability", device={"capability": (8, 0)}),
                 Refusal("gradient_head_dim", {"head_dim": 80, "backward": True}),
                 *_FLASH_REFUSALS,
             ),
             note="FlashAttention-4",
+        ),
+        Implementation(
+            "cuda.fa3",
+            "attention",
+            f"{_HERE}.attention.flash3:flash3",
+            supports=f"{_HERE}.predicates:fa3",
+            handles=_EVERY_FEATURE,
+            requires=("flash_attn_interface",),
+            install="a build of hopper/ of https://github.com/Dao-AILab/flash-attention",
+            refusals=(
+                Refusal("capability", device={"capability": (8, 0)}),
+                Refusal("deterministic_head_dim", {"head_dim": 256, "backward": True, "deterministic": True}),
+                *_FLASH_REFUSALS,
+            ),
+            note=f"FlashAttention-3; {_NOT_RUN}",
         ),
         Implementation(
             "cuda.cudnn",
@@ -57,6 +93,17 @@ MANIFEST = Manifest(
             note="cuDNN through PyTorch",
         ),
         Implementation(
+            "cuda.fa2",
+            "attention",
+            f"{_HERE}.attention.flash2:flash2",
+            supports=f"{_HERE}.predicates:fa2",
+            handles=_EVERY_FEATURE,
+            requires=("flash_attn.flash_attn_interface",),
+            install="pip install flash-attn --no-build-isolation",
+            refusals=(Refusal("capability", device={"capability": (7, 5)}), *_FLASH_REFUSALS),
+            note=f"FlashAttention-2 of the package flash-attn; {_NOT_RUN}",
+        ),
+        Implementation(
             "cuda.flash",
             "attention",
             f"{_HERE}.attention.torch_flash:flash",
@@ -64,6 +111,15 @@ MANIFEST = Manifest(
             handles=_EVERY_FEATURE,
             refusals=_FLASH_REFUSALS,
             note="FlashAttention-2 as PyTorch ships it",
+        ),
+        Implementation(
+            "cuda.efficient",
+            "attention",
+            f"{_HERE}.attention.efficient:efficient",
+            supports=f"{_HERE}.predicates:efficient",
+            handles=_EVERY_FEATURE,
+            refusals=(Refusal("batch", {"batch": 1 << 16}), *_FLASH_REFUSALS),
+            note=f"memory-efficient attention as PyTorch ships it; {_NOT_RUN}",
         ),
         Implementation(
             "cuda.math",
@@ -102,12 +158,14 @@ MANIFEST = Manifest(
             "hif8_quantize",
             f"{_HERE}.quantize:quantize",
             supports=f"{_HERE}.predicates:triton_quantize",
-            handles=_SCALED,
+            handles=_SCALED | {"carried"},
             requires=("triton",),
             refusals=_TRITON_REFUSALS,
             note="codes in one pass after amax",
         ),
-        Implementation("cuda.torch", "hif8_quantize", f"{_REFERENCE}.quantize:quantize", handles=_SCALED, note=_PLAIN),
+        Implementation(
+            "cuda.torch", "hif8_quantize", f"{_REFERENCE}.quantize:quantize", handles=_SCALED | {"carried"}, note=_PLAIN
+        ),
         Implementation(
             "cuda.triton",
             "hif8_fake_quantize",
@@ -127,6 +185,7 @@ MANIFEST = Manifest(
             f"{_HERE}.quantized_linear:fp8_carrier",
             supports=f"{_HERE}.predicates:fp8_carrier",
             handles=_LINEAR - {"mixed_bias"},
+            prefers=frozenset({"carried"}),
             requires=("triton",),
             refusals=(
                 Refusal("capability", device={"capability": (8, 0)}),
@@ -134,7 +193,7 @@ MANIFEST = Manifest(
                 Refusal("alignment", {"shape": (8, 96, 100)}),
                 Refusal("scale_max", {"scale_max": 512.0}),
                 Refusal("grad_scale_max", {"grad_scale_max": 512.0}),
-                Refusal("granularity", {"x_granularity": "row"}),
+                Refusal("granularity", {"x_granularity": "row", "backward": True}),
                 Refusal("accumulate", {"accumulate": "fp64"}),
             ),
             note="emulates HiF8 on FP8 tensor cores; operands exact from 2^-12 of 15, sums with fewer bits than fp32",
@@ -154,11 +213,59 @@ MANIFEST = Manifest(
             note="emulates HiF8 on bf16 tensor cores; operands exact, sums in fp32",
         ),
         Implementation(
+            "cuda.cudnn_fp8",
+            "native_attention",
+            f"{_HERE}.attention.cudnn_fp8:cudnn_fp8",
+            supports=f"{_HERE}.predicates:cudnn_fp8",
+            handles=frozenset({"packed", "custom_scale", "scale_max", "scale_mode", "given_amax"}),
+            requires=("cudnn", "triton"),
+            install="pip install nvidia-cudnn-frontend",
+            refusals=(
+                Refusal("capability", device={"capability": (8, 9)}),
+                Refusal("scale_max", {"scale_max": 512.0}),
+                Refusal("dtype", {"dtype": torch.float32}),
+                Refusal("head_dim", {"head_dim": 40}),
+                Refusal("length", {"kv_len": 0}),
+            ),
+            note="emulates HiF8 on FP8 tensor cores; P and the result rounded to E4M3, about 3e-2 from qdq",
+        ),
+        Implementation(
             "cuda.torch",
             "quantized_linear",
             f"{_REFERENCE}.quantized_linear:linear",
             handles=_LINEAR,
             note=_PLAIN,
+        ),
+        *(
+            Implementation(
+                "cuda.triton",
+                f"fused.{name}",
+                f"{_HERE}.fused:{name}",
+                supports=f"{_HERE}.predicates:{predicate}",
+                handles=frozenset(features),
+                requires=("triton",),
+                refusals=refusals,
+                note="one pass over memory",
+            )
+            for name, ((predicate, refusals), features) in _FUSED.items()
+        ),
+        Implementation(
+            "cuda.cublas",
+            "fused.linear_gelu_tanh",
+            f"{_HERE}.linear:linear_gelu_tanh",
+            supports=f"{_HERE}.predicates:cublas_epilogue",
+            refusals=(Refusal("dtype", {"dtype": torch.float32}), Refusal("size", {"shape": (0, 96)})),
+            note="GELU in the epilogue of cuBLASLt's product, which saves two passes over the hidden features",
+        ),
+        *(
+            Implementation(
+                "cuda.torch",
+                f"fused.{name}",
+                f"{_REFERENCE}.fused:{name}",
+                handles=frozenset(features),
+                note="the definition in plain PyTorch, a pass for each operation",
+            )
+            for name, features in _DEFINED.items()
         ),
     ),
 )

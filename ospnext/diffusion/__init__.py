@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ospnext.diffusion.guidance import guide, needs_guidance
+from ospnext.diffusion.guidance import BatchedGuidance, batches_branches, guide, needs_guidance
 from ospnext.diffusion.schedule import (
     FlowMatchSchedule,
     schedule_from_diffusers,
@@ -13,8 +13,10 @@ from ospnext.diffusion.solvers import SOLVERS, Solver, make_solver
 
 __all__ = [
     "SOLVERS",
+    "BatchedGuidance",
     "FlowMatchSchedule",
     "Solver",
+    "batches_branches",
     "guide",
     "make_solver",
     "needs_guidance",

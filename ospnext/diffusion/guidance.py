@@ -1,8 +1,21 @@
-"""Classifier-free guidance: how two velocities become one. Who computes them, and where, is decided elsewhere."""
+"""Classifier-free guidance: how two velocities become one, and whether their two passes share a forward. Numbers only:
+who computes velocities, and where, is decided elsewhere.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
+
+from ospnext.errors import ConfigError
+
+#: "on": both branches in one forward of twice the batch; "off": one after the other; "auto": see `batches_branches`.
+BatchedGuidance = Literal["auto", "on", "off"]
+
+#: Operations of a block below which a device waits for the host: the thirty or so kernels of a block take about half a
+#: millisecond to launch, in which an H100 does 2e11 operations. An estimate, on the small side.
+LAUNCH_BOUND_FLOPS = 2e11
 
 
 def needs_guidance(guidance_scale: float) -> bool:
@@ -11,6 +24,26 @@ def needs_guidance(guidance_scale: float) -> bool:
     At `guidance_scale <= 1` guidance is off: the caller runs the conditional pass alone and uses its velocity as it is.
     """
     return guidance_scale > 1
+
+
+def batches_branches(
+    setting: BatchedGuidance, *, block_flops: float, activations: int, free: int, scales_span_batch: bool
+) -> bool:
+    """Whether the two branches share a forward.
+
+    "auto" batches them where that saves time and changes nothing but roundings: a block of one branch has so few
+    operations that the device would wait for launches, the activations of both fit, and no scale would be shared.
+
+    Args:
+        block_flops: operations of a block for all videos of one branch.
+        activations: bytes that a forward of both branches needs; free: bytes that there are.
+        scales_span_batch: some HiFloat8 scale is that of a whole tensor, so that the branches would change each other.
+    """
+    if setting not in get_args(BatchedGuidance):
+        raise ConfigError(f"batched_guidance must be one of {', '.join(get_args(BatchedGuidance))}; got {setting!r}")
+    if setting != "auto":
+        return setting == "on"
+    return block_flops < LAUNCH_BOUND_FLOPS and activations <= free and not scales_span_batch
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, guidance_scale: float) -> Tensor:

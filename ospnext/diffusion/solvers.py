@@ -6,10 +6,11 @@ A solver is made for one run from one sigma tensor; latents are fp32 from the fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ospnext.errors import ConfigError, OSPNextError
 from ospnext.optional import require
@@ -48,7 +49,8 @@ class UniPCSolver:
     #   only to look up its start index, and takes the second one where the first two timesteps truncate to the same
     #   integer, as with 200 steps at shift 7. set_begin_index(0) replaces that search.
     # - lower_order_final makes the last step first order at any step count, which keeps log(0) out of the result.
-    # - Coefficients are computed per step on the latents' device, a 2x2 linear solve among them; nothing is read back.
+    # - Coefficients are computed per step on the latents' device, a 2x2 linear solve among them. It moves sigmas there
+    #   one by one, and the solve is checked: both make the host wait. See `step`.
     def __init__(self, sigmas: Tensor) -> None:
         self._scheduler = require("diffusers", extra="t2v").UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, final_sigmas_type="zero"
@@ -66,10 +68,22 @@ class UniPCSolver:
                 f"UniPC was asked for step {i}, but the next one is {expected}: each step builds on those before; "
                 "go through them in order and make a new solver for each run"
             )
+        self._scheduler.sigmas = self._scheduler.sigmas.to(latents.device)  # once: later it is there already
         timestep = self._scheduler.timesteps[i]
-        (latents,) = self._scheduler.step(velocity.float(), timestep, latents, return_dict=False)
+        with _UncheckedSolve():
+            (latents,) = self._scheduler.step(velocity.float(), timestep, latents, return_dict=False)
         self._next += 1
         return latents
+
+
+class _UncheckedSolve(TorchFunctionMode):
+    """`torch.linalg.solve` without its check for singular matrices, which reads a flag back from the device. UniPC's
+    matrix is never singular, since sigmas fall strictly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        return func(*args, **(kwargs or {}))
 
 
 _SOLVERS: dict[str, Callable[[Tensor], Solver]] = {"euler": EulerSolver, "unipc": UniPCSolver}

@@ -33,17 +33,27 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """`negative_prompt` null is Wan's default one, empty text is none at all; `guidance_scale` 1 turns guidance off."""
+    """`negative_prompt` null is Wan's default one, empty text is none at all; `guidance_scale` 1 turns guidance off.
+    `batched_guidance` "on" runs both branches of guidance in one forward, "auto" where that is faster and exact.
+    """
 
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
     negative_prompt: str | None = None
     num_videos_per_prompt: int = 1
+    batched_guidance: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         _require_range("sampling.num_inference_steps", self.num_inference_steps, 1, 1000)
         _require_range("sampling.guidance_scale", self.guidance_scale, 0, 100)
         _require_range("sampling.num_videos_per_prompt", self.num_videos_per_prompt, 1, 10_000)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """`tiling` "on" decodes in tiles that are blended, which takes less memory; "auto" where the whole does not fit."""
+
+    tiling: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class TransformerOverrides:
 @dataclass(frozen=True)
 class QuantPolicyConfig:
     """What `quant` and `quant_attn` apply to, and how. Names are a list or text with commas; null is all that there is:
-    the ten linears of a block, both attentions. Which names and blocks exist is judged with the model at hand.
+    the ten linears of a block, both attentions, and for `attention_blocks` what `blocks` says. Which names and blocks
+    exist is judged with the model at hand.
     """
 
     linears: tuple[str, ...] | str | None = None
@@ -83,6 +94,7 @@ class QuantPolicyConfig:
     scale_mode: Literal["amax", "pow2"] = "amax"
     granularity: Literal["tensor", "row"] = "tensor"
     compat: Literal["none", "upstream_bf16"] = "none"
+    attention_blocks: str | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("linears", "attention"):
@@ -92,7 +104,12 @@ class QuantPolicyConfig:
 
 
 #: Keys of `quant_policy` that act on one of the two only; attention always has one scale per tensor.
-_ACTS_ON = {"linears": ("quant",), "granularity": ("quant",), "attention": ("quant_attn",)}
+_ACTS_ON = {
+    "linears": ("quant",),
+    "granularity": ("quant",),
+    "attention": ("quant_attn",),
+    "attention_blocks": ("quant_attn",),
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,9 @@ class GenerateConfig:
 
     `seed_mode` "per-prompt" gives every video its own noise (seed + position), "shared" the same noise to every prompt.
     `dtype` null is the checkpoint's own; `backend` null follows OSPNEXT_BACKEND. `quant` is for linears, `quant_attn`
-    for q, k and v of attention.
+    for q, k and v of attention; "hif8_native" lets kernels round probabilities and results of it to 8 bits as well.
+    `compile` "blocks" compiles the transformer's blocks at the first video of each size, "max" the whole, which takes
+    minutes.
     """
 
     model: str | None = None
@@ -113,10 +132,12 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     backend: str | None = None
+    compile: Literal["off", "blocks", "max"] = "off"
     quant: Literal["none", "hif8"] = "none"
-    quant_attn: Literal["none", "hif8"] = "none"
+    quant_attn: Literal["none", "hif8", "hif8_native"] = "none"
     video: VideoConfig = field(default_factory=VideoConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     transformer: TransformerOverrides = field(default_factory=TransformerOverrides)
     quant_policy: QuantPolicyConfig = field(default_factory=QuantPolicyConfig)

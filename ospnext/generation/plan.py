@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ospnext.generation import quant_plan
 from ospnext.generation.config import VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
+from ospnext.generation.memory import ACTIVATIONS, Known, MemoryPlan, plan_memory
 from ospnext.generation.quantization import quant_policy
 from ospnext.generation.videos import transformer_overrides
 from ospnext.models.config import TransformerConfig
@@ -20,7 +20,6 @@ from ospnext.models.flops import forward_flops
 from ospnext.models.layout import block_orders
 from ospnext.models.loading import LoadReport, inspect_checkpoint
 from ospnext.models.quant_policy import QuantPolicy
-from ospnext.models.weights.quantized import Quantization
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.device import Device
@@ -28,18 +27,8 @@ from ospnext.ops.explain import candidate_lines
 from ospnext.ops.policy import current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import Decision, select
-from ospnext.pipelines.layout import detect_layout
-from ospnext.pipelines.strict_load import read_json
+from ospnext.pipelines.layout import Layout, detect_layout
 from ospnext.sparse import Grid, skiparse_plan
-
-#: Bytes per pixel of one frame at the peak of an fp32 decode by AutoencoderKLWan of the published size, untiled. It
-#: does not grow with the number of frames, because they are decoded one latent frame at a time. Measured on a CPU: 25
-#: kB at 192 x 320, 35 kB at 96 x 160.
-VAE_BYTES_PER_PIXEL = 25_000
-#: `base_dim` of that autoencoder; a decode's memory is proportional to it.
-VAE_BASE_DIM = 96
-#: Weights are loaded as they are and become codes on the device: what is freed again before the first video.
-WHILE_LOADING = "weights, until they are codes"
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class SizePlan:
     decisions: dict[str, Decision]
     forward_tflops: float
     forwards: int
-    memory: dict[str, int]
+    needs: MemoryPlan
 
     @property
     def tokens(self) -> int:
@@ -64,11 +53,12 @@ class SizePlan:
         return self.forward_tflops * self.forwards * self.count
 
     @property
+    def memory(self) -> dict[str, int]:
+        return self.needs.parts
+
+    @property
     def peak_memory(self) -> int:
-        """Everything that stays, plus the largest of what loading, sampling and decoding need for a while."""
-        passing = {WHILE_LOADING, "activations", "VAE decode"} & self.memory.keys()
-        staying = sum(amount for name, amount in self.memory.items() if name not in passing)
-        return staying + max(self.memory[name] for name in passing)
+        return self.needs.peak
 
 
 @dataclass(frozen=True)
@@ -108,41 +98,17 @@ def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     report = inspect_checkpoint(layout.transformer, dtype=dtype, config_overrides=transformer_overrides(config))
     policy = quant_policy(config)
-    quant = quant_plan.planned(report, policy)
-    branches = 2 if config.sampling.guidance_scale > 1 else 1
-    weights = quant_plan.weight_bytes(report.config, report.dtype, quant)
-    fixed = {
-        "transformer weights": weights,
-        "text encoder": _file_bytes(layout.text_encoder),
-        "VAE weights": _file_bytes(layout.vae),
-        "text keys and values": branches * _text_bytes(report.config, report.dtype),
-    }
-    if loaded := quant_plan.weight_bytes(report.config, report.dtype, report.quantization) - weights:
-        fixed[WHILE_LOADING] = loaded
-    pixel = _vae_bytes_per_pixel(layout.vae)
+    known = Known(config, report, quant_plan.planned(report, policy), policy, device, Device(device).free_memory())
     videos: dict[VideoConfig, int] = {}
     for job in todo or run.jobs:
         videos[job.video] = videos.get(job.video, 0) + 1
-    forwards = config.sampling.num_inference_steps * branches
-    sizes = tuple(
-        _plan_size(video, count, report, device, forwards, fixed, pixel, quant, policy)
-        for video, count in videos.items()
-    )
-    free = Device(device).free_memory()
-    return Plan(report, device, str(current_policy()), free, _matmul_rate(device, report.dtype), sizes, policy)
+    sizes = tuple(_plan_size(video, count, known, layout) for video, count in videos.items())
+    rate = _matmul_rate(device, report.dtype)
+    return Plan(report, device, str(current_policy()), known.free, rate, sizes, policy)
 
 
-def _plan_size(
-    video: VideoConfig,
-    count: int,
-    report: LoadReport,
-    device: torch.device,
-    forwards: int,
-    fixed: dict[str, int],
-    vae_bytes_per_pixel: int,
-    quant: Quantization,
-    policy: QuantPolicy | None,
-) -> SizePlan:
+def _plan_size(video: VideoConfig, count: int, known: Known, layout: Layout) -> SizePlan:
+    report, device = known.report, known.device
     config = report.config
     grid = (video.num_frames - 1) // 4 + 1, video.height // 16, video.width // 16
     plan = skiparse_plan(grid, config.sparse_ratio)
@@ -153,15 +119,11 @@ def _plan_size(
         grid=grid,
         subsequences={kind: tuple(n for n in plan.order(kind).lengths if n) for kind in sorted(kinds, reverse=True)},
         decisions=_decisions(config, grid, report.dtype, device)
-        | quant_plan.decisions(config, plan.tokens, report.dtype, device, quant)
-        | quant_plan.compat_decisions(policy, report.dtype, device),
+        | quant_plan.decisions(config, plan.tokens, report.dtype, device, known.quantization)
+        | quant_plan.compat_decisions(known.policy, report.dtype, device),
         forward_tflops=forward_flops(config, grid).total / 1e12,
-        forwards=forwards,
-        memory={
-            **fixed,
-            "activations": _activation_bytes(config, plan.tokens, report.dtype, quant),
-            "VAE decode": vae_bytes_per_pixel * video.height * video.width,
-        },
+        forwards=known.config.sampling.num_inference_steps * known.branches,
+        needs=plan_memory(known, layout, grid),
     )
 
 
@@ -185,30 +147,6 @@ def _decisions(config: TransformerConfig, grid: Grid, dtype: torch.dtype, device
             longest = max(lengths)
             found[f"{kind} self-attention"] = decide(len(lengths), longest, longest, packed=len(set(lengths)) > 1)
     return found
-
-
-def _text_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
-    return config.num_layers * 2 * config.text_len * config.dim * dtype.itemsize
-
-
-def _activation_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, quant: Quantization) -> int:
-    """Largest set of live [N, C] tensors in a block without fusion: a norm in fp32, attention with an fp32 copy of its
-    operands, the feed-forward, or a quantized linear.
-    """
-    s, C, F = dtype.itemsize, config.dim, config.ffn_dim
-    norm = C * (2 * s + 3 * 4)
-    attention = C * (6 * s + 3 * 4)
-    feed_forward = C * 2 * s + F * 2 * s
-    return tokens * max(norm, attention, feed_forward, quant_plan.activation_bytes(config, dtype, quant))
-
-
-def _vae_bytes_per_pixel(vae: Path) -> int:
-    base_dim = read_json(vae / "config.json").get("base_dim", VAE_BASE_DIM) if vae.is_dir() else VAE_BASE_DIM
-    return VAE_BYTES_PER_PIXEL * base_dim // VAE_BASE_DIM
-
-
-def _file_bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -236,11 +174,18 @@ def _size_lines(size: SizePlan) -> list[str]:
     for kind, lengths in size.subsequences.items():
         lines.append(f"  {kind:<11} {len(lengths)} subsequences of {_lengths(lengths)} tokens")
     lines.append(f"  arithmetic  {size.forward_tflops:.4g} TFLOP a forward, {size.forwards} forwards a video")
-    lines += [f"  memory      {_gib(amount):>10}  {name}" for name, amount in size.memory.items()]
+    lines += _memory_lines(size.needs)
     for name, decision in size.decisions.items():
         lines.append(f"  {name}: {decision.chosen_id or 'NOTHING takes it'}")
         lines += candidate_lines(decision, unavailable=False)
     return lines
+
+
+def _memory_lines(needs: MemoryPlan) -> Iterator[str]:
+    for name, amount in needs.parts.items():
+        yield f"  memory      {_gib(amount):>10}  {name}{needs.remark(name)}"
+        if name == ACTIVATIONS:
+            yield from (f"  {_gib(part):>26}  {what}" for what, part in needs.activations.items())
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from ospnext.models.weights.shapes import parameter_shapes
 from ospnext.ops import HiF8Recipe
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.hif8_cast import CastRequest
+from ospnext.ops.contracts.native_attention import NativeAttentionRequest
 from ospnext.ops.contracts.quantize import QuantizeRequest
 from ospnext.ops.contracts.quantized_linear import QuantizedLinearRequest
 from ospnext.ops.policy import current_policy
@@ -38,14 +39,6 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, quantization: Qu
     )
 
 
-def activation_bytes(config: TransformerConfig, dtype: torch.dtype, quantization: Quantization) -> int:
-    """Per token, in the largest quantized linear without fusion: input and its codes, two fp32 results and the output.
-    0 where no linear is quantized.
-    """
-    shapes = _linears_alike(config, quantization)
-    return max((K * (dtype.itemsize + 1) + N * (2 * 4 + dtype.itemsize) for N, K, _ in shapes), default=0)
-
-
 def decisions(
     config: TransformerConfig, tokens: int, dtype: torch.dtype, device: torch.device, quantization: Quantization
 ) -> dict[str, Decision]:
@@ -64,6 +57,15 @@ def decisions(
         found[f"hif8_quantize of what enters these{_which(recipe, entering)}"] = _decide("hif8_quantize", request)
     attending = dict.fromkeys(quantization.attention.values())
     for recipe in attending:
+        if recipe.attention == "native":
+            native = NativeAttentionRequest(
+                *(device.type, dtype, 1, tokens, tokens, config.num_heads, config.head_dim),
+                scale_max=recipe.scale_max,
+                scale_mode=recipe.scale_mode,
+            )
+            label = "native_attention: on 8-bit q, k, v and probabilities, or as quantized_attention"
+            found[label + _which(recipe, attending)] = _decide("native_attention", native)
+            continue
         heads = (1, tokens, config.num_heads, config.head_dim)
         request = QuantizeRequest(device.type, dtype, heads, recipe.scale_max, recipe.scale_mode)
         label = "quantized_attention: attention as above, of q, k and v after hif8_fake_quantize"
@@ -84,13 +86,19 @@ def in_a_line(policy: QuantPolicy) -> str:
     if policy.quant == "hif8":
         names = "all linears" if set(policy.linears) == set(LINEARS) else ", ".join(policy.linears)
         parts.append(f"{names} (weights {'stored as codes' if policy.compat == 'none' else 'quantized in each call'})")
-    if policy.quant_attn == "hif8":
-        parts.append(f"q, k and v of {' and '.join(policy.attention)}")
-    where = "all blocks" if policy.blocks == "all" else f"blocks {policy.blocks}"
+    if policy.quant_attn != "none":
+        native = " and their 8-bit attention" if policy.quant_attn == "hif8_native" else ""
+        others = "" if policy.attention_blocks is None else f" in {_blocks(policy.attention_blocks)}"
+        parts.append(f"q, k and v of {' and '.join(policy.attention)}{native}{others}")
+    where = _blocks(policy.blocks)
     how = f"scale_mode={policy.recipe.scale_mode} granularity={policy.recipe.granularity}"
     if policy.compat != "none":
         how += f" compat={policy.compat}"
     return f"HiFloat8 in {where}: {'; '.join(parts)}; {how}"
+
+
+def _blocks(text: str) -> str:
+    return "all blocks" if text == "all" else f"blocks {text}"
 
 
 def _decide(contract: str, request: object) -> Decision:

@@ -25,6 +25,7 @@ def quant_policy(config: GenerateConfig) -> QuantPolicy | None:
             linears=LINEARS if asked.linears is None else tuple(asked.linears),
             attention=ATTENTIONS if asked.attention is None else tuple(asked.attention),
             blocks=str(asked.blocks),
+            attention_blocks=None if asked.attention_blocks is None else str(asked.attention_blocks),
             recipe=HiF8Recipe(scale_mode=asked.scale_mode, granularity=asked.granularity),
             compat=asked.compat,
         )
@@ -52,6 +53,7 @@ def require_fit(policy: QuantPolicy | None, report: LoadReport) -> None:
     layers, stored = report.config.num_layers, report.quantization
     try:
         policy.block_numbers(layers)
+        policy.attention_block_numbers(layers)
     except ConfigError as error:
         raise ConfigError(f"quant_policy.{error}") from error
     for key, section, names, already, what in (
@@ -67,6 +69,8 @@ def require_fit(policy: QuantPolicy | None, report: LoadReport) -> None:
         if getattr(policy, key) == "none":
             continue
         if already.keys() & set(names):
-            raise ConfigError(f"{key}=hif8, but {report.path} has {what} already; leave {key} out")
+            said = f"{key}={getattr(policy, key)}"
+            raise ConfigError(f"{said}, but {report.path} has {what} already; leave {key} out")
         if not names:
-            raise ConfigError(f"quant_policy.{section} is empty: {key}=hif8 quantizes nothing; null stands for all")
+            said = f"{key}={getattr(policy, key)}"
+            raise ConfigError(f"quant_policy.{section} is empty: {said} quantizes nothing; null stands for all")

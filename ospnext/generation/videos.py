@@ -25,6 +25,7 @@ from ospnext.generation.manifest import append_entry, sha256_of
 from ospnext.generation.quantization import quant_policy, require_fit, require_reportable
 from ospnext.models.loading import inspect_checkpoint
 from ospnext.models.quant_report import QuantReport
+from ospnext.models.quantization import prepare_for_inference
 from ospnext.optional import require
 from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
@@ -67,9 +68,13 @@ def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
         transformer_overrides=transformer_overrides(config),
         timestep_rounding=config.transformer.timestep_rounding,
         quant=quant_policy(config),
+        compile=config.compile,
+        batched_guidance=config.sampling.batched_guidance,
+        vae_tiling=config.vae.tiling,
     )
     pipeline.schedule = configured_schedule(pipeline.schedule, config.scheduler)
     pipeline.solver = config.scheduler.solver or pipeline.solver
+    prepare_for_inference(pipeline.transformer)
     return pipeline
 
 
@@ -115,6 +120,7 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
             **run.settings(job),
             **_schedule_record(pipeline, job.video, sampling.num_inference_steps),
             "backend": backend_record(device),
+            "execution": _execution_record(run.config),
             "versions": {"ospnext": __version__, "torch": torch.__version__},
             "seconds": round(time.perf_counter() - started, 3),
             "sha256": sha256_of(unnamed),
@@ -123,6 +129,15 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
         append_entry(run.directory, entry)
         os.replace(unnamed, run.directory / job.name)
     return entry
+
+
+def _execution_record(config: GenerateConfig) -> dict[str, Any]:
+    """Settings that change a video by roundings only: on record, but a resumed run may have others."""
+    return {
+        "compile": config.compile,
+        "batched_guidance": config.sampling.batched_guidance,
+        "vae_tiling": config.vae.tiling,
+    }
 
 
 def transformer_overrides(config: GenerateConfig) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ospnext.diffusion import SOLVERS, FlowMatchSchedule, guide, make_solver, needs_guidance
+from ospnext.diffusion import SOLVERS, BatchedGuidance, FlowMatchSchedule, make_solver, needs_guidance
 from ospnext.errors import ConfigError, OSPNextError
 from ospnext.optional import require
 from ospnext.pipelines import storage
+from ospnext.pipelines.branches import Branches, batched
+from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 from ospnext.pipelines.output import OSPNextPipelineOutput, OutputType, format_frames
 from ospnext.pipelines.request import (
     NoiseRequest,
@@ -25,10 +27,10 @@ from ospnext.pipelines.request import (
     text_request,
 )
 from ospnext.pipelines.text_encoder import TextEncoder
-from ospnext.pipelines.vae import VideoAutoencoder
+from ospnext.pipelines.vae import Tiling, VideoAutoencoder
 
 if TYPE_CHECKING:
-    from ospnext.models import OSPNextTransformer, TextContext
+    from ospnext.models import OSPNextTransformer
     from ospnext.models.quant_policy import QuantPolicy
 
 StepCallback = Callable[["OSPNextPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
@@ -39,6 +41,11 @@ class OSPNextPipeline:
 
     `schedule` and `solver` ("euler" or "unipc") may be assigned between calls. `text_encoder` may be None if embeddings
     are passed, `vae` if `output_type="latent"` is asked for: set either to None to free its memory.
+
+    How it runs, which may be assigned too and changes results by roundings only: `compile` "blocks" or "max" compiles
+    the transformer, in place, at the first call for each size; `batched_guidance` "on" runs both branches of guidance
+    in one forward, "auto" does where that is faster and exact; `vae_tiling` "on" decodes in tiles that are blended,
+    "auto" does where memory would not hold the whole.
     """
 
     def __init__(
@@ -49,6 +56,9 @@ class OSPNextPipeline:
         *,
         schedule: FlowMatchSchedule | None = None,
         solver: str = "unipc",
+        compile: CompileMode = "off",
+        batched_guidance: BatchedGuidance = "auto",
+        vae_tiling: Tiling = "auto",
     ) -> None:
         storage.check_fit(transformer.config, text_encoder, vae)
         if solver not in SOLVERS:
@@ -58,6 +68,9 @@ class OSPNextPipeline:
         self.vae = vae
         self.schedule = schedule or FlowMatchSchedule()
         self.solver = solver
+        self.batched_guidance, self.vae_tiling = batched_guidance, vae_tiling
+        self._require_choices()
+        self._compiled = CompiledTransformer(transformer, compile)
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
 
@@ -75,6 +88,9 @@ class OSPNextPipeline:
         transformer_overrides: dict[str, Any] | None = None,
         timestep_rounding: Literal["none", "bf16"] = "none",
         quant: QuantPolicy | None = None,
+        compile: CompileMode = "off",
+        batched_guidance: BatchedGuidance = "auto",
+        vae_tiling: Tiling = "auto",
     ) -> OSPNextPipeline:
         """Load a local checkpoint in diffusers' layout or in that of an official Wan download.
 
@@ -95,7 +111,7 @@ class OSPNextPipeline:
             timestep_rounding=timestep_rounding,
             quant=quant,
         )
-        return cls(**parts)
+        return cls(**parts, compile=compile, batched_guidance=batched_guidance, vae_tiling=vae_tiling)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write diffusers' layout; `diffusers.WanPipeline.from_pretrained` opens it too (a sparse one as dense).
@@ -113,6 +129,15 @@ class OSPNextPipeline:
             if part is not None:
                 part.to(device)
         return self
+
+    @property
+    def compile(self) -> CompileMode:
+        """How the transformer runs."""
+        return self._compiled.mode
+
+    @compile.setter
+    def compile(self, mode: CompileMode) -> None:
+        self._compiled = CompiledTransformer(self.transformer, mode)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm for the bar over the steps. By default it is drawn only when stderr is a terminal."""
@@ -178,6 +203,7 @@ class OSPNextPipeline:
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
             callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        self._require_choices()
         config = self.transformer.config
         positive = text_request(prompt, prompt_embeds, config)
         negative = None
@@ -199,6 +225,12 @@ class OSPNextPipeline:
         )  # fmt: skip
         frames = x_BCTHW if output_type == "latent" else format_frames(self._decode(x_BCTHW), output_type)
         return OSPNextPipelineOutput(frames) if return_dict else (frames,)
+
+    def _require_choices(self) -> None:
+        for name, choices in (("batched_guidance", BatchedGuidance), ("vae_tiling", Tiling)):
+            if getattr(self, name) not in get_args(choices):
+                listing = ", ".join(get_args(choices))
+                raise ConfigError(f"{name} must be one of {listing}; got {getattr(self, name)!r}")
 
     def _require_parts(self, texts: Sequence[TextRequest | None], *, decode: bool) -> None:
         if self.text_encoder is None and any(text is not None and text.prompts is not None for text in texts):
@@ -244,40 +276,28 @@ class OSPNextPipeline:
         spatial_tokens = latents_BCTHW.shape[3] // patch_h * (latents_BCTHW.shape[4] // patch_w)
         # On the CPU: the loop and the solver read single sigmas, and reading them from a device would make it wait.
         sigmas = self.schedule.sigmas(num_steps, spatial_tokens=spatial_tokens)
-        timesteps = self.schedule.timesteps(sigmas[:-1])
+        # Uploaded at once: each upload waits for all that the device has been given before.
+        timesteps = self.schedule.timesteps(sigmas[:-1]).to(latents_BCTHW.device)
         solver = make_solver(self.solver, sigmas)
-        contexts = {name: self._context(embeds) for name, embeds in text.items()}
+        together = text["negative_prompt_embeds"] is not None and batched(
+            self.batched_guidance, self.transformer, latents_BCTHW
+        )
+        branches = Branches(self.transformer, self._compiled, text, guidance_scale, batched=together)
+        self._compiled.prepare(latents_BCTHW, len(latents_BCTHW) * branches.per_forward)
         self._interrupt = False
         with self._progress_bar(num_steps) as bar:
             for i, timestep in enumerate(timesteps):
-                velocity = self._velocity(latents_BCTHW, timestep, contexts, guidance_scale)
-                latents_BCTHW = solver.step(i, velocity, latents_BCTHW)
+                latents_BCTHW = solver.step(i, branches.velocity(latents_BCTHW, timestep), latents_BCTHW)
                 if callback is not None:
                     offered = {"latents": latents_BCTHW, **text}
                     changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
                     latents_BCTHW = changed.get("latents", latents_BCTHW)
-                    for name in text.keys() & changed.keys():
-                        if changed[name] is not text[name]:
-                            text[name], contexts[name] = changed[name], self._context(changed[name])
+                    text |= {name: changed[name] for name in text.keys() & changed.keys()}
+                    branches.replace_text(text)
                 bar.update()
                 if self._interrupt:
                     break
         return latents_BCTHW
-
-    def _context(self, embeds_BLC: Tensor | None) -> TextContext | None:
-        """Keys and values of every cross-attention, computed once for all steps."""
-        return None if embeds_BLC is None else self.transformer.encode_text(embeds_BLC)
-
-    def _velocity(
-        self, latents_BCTHW: Tensor, timestep: Tensor, contexts: dict[str, TextContext | None], guidance_scale: float
-    ) -> Tensor:
-        """The two passes of guidance run one after the other, which takes half the memory of a double batch."""
-        timestep_B = timestep.to(latents_BCTHW.device).expand(len(latents_BCTHW))
-        v_cond = self.transformer(latents_BCTHW, timestep_B, contexts["prompt_embeds"])
-        unconditional = contexts["negative_prompt_embeds"]
-        if unconditional is None:
-            return v_cond
-        return guide(v_cond, self.transformer(latents_BCTHW, timestep_B, unconditional), guidance_scale)
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         if not torch.isfinite(latents_BCTHW).all():
@@ -285,7 +305,7 @@ class OSPNextPipeline:
                 "the latents are not finite after sampling: a kernel or a number format overflowed. Try bfloat16 or "
                 "float32, or OSPNEXT_BACKEND=reference; 'ospnext explain' says which kernel serves what"
             )
-        return cast(VideoAutoencoder, self.vae).decode(latents_BCTHW)
+        return cast(VideoAutoencoder, self.vae).decode(latents_BCTHW, tiling=self.vae_tiling)
 
     def _progress_bar(self, total: int) -> Any:
         # disable=None is tqdm's own "only when the output is a terminal".

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ospnext.errors import CheckpointError, ConfigError
+from ospnext.ops.device import Device
 from ospnext.optional import require
 from ospnext.pipelines.strict_load import build_and_load, read_json, read_pth, read_safetensors
+from ospnext.pipelines.vae_memory import decode_peak
 
 # Frames after the first, rows and columns per latent position. The transformer's latent shape is built on them.
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
+
+#: "on": decode in overlapping tiles that are blended, with a fraction of the memory and other pixels near the seams;
+#: "auto": where the whole does not fit.
+Tiling = Literal["auto", "on", "off"]
+
+
+def tiles(setting: Tiling, *, needed: int, free: int) -> bool:
+    """Whether a decode that needs this many bytes in one piece is tiled, where `free` are there."""
+    if setting not in get_args(Tiling):
+        raise ConfigError(f"tiling must be one of {', '.join(get_args(Tiling))}; got {setting!r}")
+    return setting == "on" or (setting == "auto" and needed > free)
 
 
 class VideoAutoencoder:
@@ -78,17 +93,40 @@ class VideoAutoencoder:
         self.model.enable_tiling()
 
     @torch.no_grad()
-    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+    def decode(self, latents_BCTHW: Tensor, *, tiling: Tiling = "auto") -> Tensor:
         """Normalised latents [B, C, T, h, w] to frames fp32 [B, 4(T-1)+1, 8h, 8w, 3] in 0..1, on this part's device.
 
-        Videos are decoded one after the other: memory is that of one, and one 480p video already fills a device.
+        Videos are decoded one after the other: memory is that of one, and one 720p video takes 17 GiB untiled. After
+        `enable_tiling`, "auto" is tiled, too.
         """
         if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.latent_channels:
             raise ConfigError(
                 f"latents must be [B, {self.latent_channels}, T, height/8, width/8], got {list(latents_BCTHW.shape)}"
             )
         latents_BCTHW = self.denormalise(latents_BCTHW)
-        return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
+        with self._tiled(self._needs_tiles(tiling, latents_BCTHW)):
+            return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
+
+    def _needs_tiles(self, tiling: Tiling, latents_BCTHW: Tensor) -> bool:
+        if tiling != "auto":
+            return tiles(tiling, needed=0, free=0)
+        if self.model.use_tiling:
+            return True
+        device, (t, h, w) = Device(self.device), latents_BCTHW.shape[2:]
+        needed, free = decode_peak(self.model.config, (t, h, w), self.dtype), device.free_memory()
+        if needed > free and not device.is_cpu:
+            torch.accelerator.empty_cache()  # what sampling has left in the hands of the allocator is free, too
+            free = device.free_memory()
+        return tiles(tiling, needed=needed, free=free)
+
+    @contextmanager
+    def _tiled(self, wanted: bool) -> Iterator[None]:
+        before = self.model.use_tiling
+        self.model.use_tiling = wanted
+        try:
+            yield
+        finally:
+            self.model.use_tiling = before
 
     def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
         """`latents * std + mean` per channel, in the autoencoder's dtype."""

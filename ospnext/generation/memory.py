@@ -1,0 +1,160 @@
+"""Memory of a run before anything is loaded, part by part, and what the pipeline will decide by it. No kernels run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ospnext.diffusion import batches_branches, needs_guidance
+from ospnext.generation import quant_plan
+from ospnext.generation.config import GenerateConfig
+from ospnext.models.config import TransformerConfig
+from ospnext.models.loading import LoadReport
+from ospnext.models.memory import activation_peak, latent_bytes, layout_bytes, text_bytes
+from ospnext.models.quant_policy import QuantPolicy
+from ospnext.models.weights.quantized import Quantization
+from ospnext.ops import HiF8Recipe
+from ospnext.ops.contracts import CONTRACTS
+from ospnext.ops.policy import COMPOSITE, current_policy
+from ospnext.ops.registry import registry
+from ospnext.ops.select import select
+from ospnext.pipelines.branches import block_flops
+from ospnext.pipelines.layout import Layout
+from ospnext.pipelines.strict_load import read_json
+from ospnext.pipelines.vae import tiles
+from ospnext.pipelines.vae_memory import decode_peak
+from ospnext.sparse import Grid
+
+#: Weights are loaded as they are and become codes on the device: what is freed again before the first video.
+WHILE_LOADING = "weights, until they are codes"
+ACTIVATIONS, DECODE = "activations", "VAE decode"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is the same for all sizes; `free` is the device's memory now, in bytes."""
+
+    config: GenerateConfig
+    report: LoadReport
+    quantization: Quantization
+    policy: QuantPolicy | None
+    device: torch.device
+    free: int
+
+    @property
+    def branches(self) -> int:
+        return 2 if needs_guidance(self.config.sampling.guidance_scale) else 1
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part. `activations` is what that part is made of at the worst moment of a denoising step."""
+
+    parts: dict[str, int]
+    activations: dict[str, int]
+    #: Whether both branches of guidance share a forward, and whether the autoencoder works on tiles.
+    batched: bool
+    tiled: bool
+
+    @property
+    def peak(self) -> int:
+        """Everything that stays, plus the largest of what loading, sampling and decoding need for a while."""
+        passing = {WHILE_LOADING, ACTIVATIONS, DECODE} & self.parts.keys()
+        staying = sum(amount for name, amount in self.parts.items() if name not in passing)
+        return staying + max(self.parts[name] for name in passing)
+
+    def remark(self, part: str) -> str:
+        if part == ACTIVATIONS and self.batched:
+            return ", both branches of guidance in one forward"
+        return ", in tiles" if part == DECODE and self.tiled else ""
+
+
+def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
+    """For videos whose token grid is `grid`. Reads the headers and configs of the checkpoint only."""
+    config, dtype = known.report.config, known.report.dtype
+    staying = {
+        **_weights(known, layout),
+        "text keys and values": text_bytes(config, dtype, known.branches),
+        "rotary and index tables": layout_bytes(config, grid, dtype),
+    }
+    left = known.free - sum(amount for name, amount in staying.items() if name != WHILE_LOADING)
+    batched = known.branches > 1 and _batched(known, grid, left)
+    activations = _activations(known, grid, batched)
+    decode, tiled = _decode(known, layout.vae, grid, left)
+    parts = {**staying, ACTIVATIONS: sum(activations.values()), DECODE: decode}
+    return MemoryPlan(parts, activations, batched, tiled)
+
+
+def _weights(known: Known, layout: Layout) -> dict[str, int]:
+    report = known.report
+    weights = quant_plan.weight_bytes(report.config, report.dtype, known.quantization)
+    found = {
+        "transformer weights": weights,
+        "text encoder": _file_bytes(layout.text_encoder),
+        "VAE weights": _file_bytes(layout.vae),
+    }
+    if loaded := quant_plan.weight_bytes(report.config, report.dtype, report.quantization) - weights:
+        found[WHILE_LOADING] = loaded
+    return found
+
+
+def _file_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _batched(known: Known, grid: Grid, free: int) -> bool:
+    """As the pipeline decides it once the weights are there."""
+    config, dtype, found = known.report.config, known.report.dtype, known.quantization
+    per_tensor = any(recipe.granularity == "tensor" for recipe in found.linears.values())
+    return batches_branches(
+        known.config.sampling.batched_guidance,
+        block_flops=block_flops(config, grid, videos=1),
+        activations=sum(activation_peak(config, grid, 2, dtype).values()),
+        free=free,
+        scales_span_batch=per_tensor or bool(found.attention) or (known.policy or QuantPolicy()).compat != "none",
+    )
+
+
+def _activations(known: Known, grid: Grid, batched: bool) -> dict[str, int]:
+    config, dtype = known.report.config, known.report.dtype
+    fused = fused_operators(config, math.prod(grid), dtype, known.device, known.quantization)
+    found = activation_peak(config, grid, 2 if batched else 1, dtype, quantization=known.quantization, fused=fused)
+    solver = known.config.scheduler.solver or "unipc"
+    found["latents, velocities and solver"] = latent_bytes(config, grid, 1, solver=solver, branches=known.branches)
+    return {name: amount for name, amount in found.items() if amount}
+
+
+def fused_operators(
+    config: TransformerConfig, tokens: int, dtype: torch.dtype, device: torch.device, quantization: Quantization
+) -> set[str]:
+    """Names of the fused operators for which the backend in force has a kernel that takes this model's stream, and not
+    their definitions in plain PyTorch.
+    """
+    recipe = next(iter(quantization.linears.values()), HiF8Recipe())
+    found = set()
+    for name, contract in CONTRACTS.items():
+        if contract.family != "fused":
+            continue
+        request = contract.request(device.type, dtype, (1, tokens, config.dim))
+        if hasattr(request, "granularity"):
+            request = dataclasses.replace(request, granularity=recipe.granularity)
+        chosen = select(contract, request, current_policy(), registry()).chosen
+        # A backend may offer the definition under a name of its own: only the object tells.
+        if chosen and chosen.id != COMPOSITE and registry().kernel(chosen) is not contract.composite:
+            found.add(name.removeprefix("fused."))
+    return found
+
+
+def _decode(known: Known, vae: Path, grid: Grid, free: int) -> tuple[int, bool]:
+    """(bytes, whether in tiles) of a decode, as the pipeline decides it once sampling is done."""
+    config = read_json(vae / "config.json") if vae.is_dir() else {}  # an official file holds Wan's own, the default
+    _, patch_h, patch_w = known.report.config.patch_size
+    latent, dtype = (grid[0], patch_h * grid[1], patch_w * grid[2]), getattr(torch, known.config.vae_dtype)
+    whole = decode_peak(config, latent, dtype)
+    if tiles(known.config.vae.tiling, needed=whole, free=free):
+        return decode_peak(config, latent, dtype, tiled=True), True
+    return whole, False

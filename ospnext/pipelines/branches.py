@@ -1,0 +1,98 @@
+"""The two branches of guidance in one denoising run: their text, kept for all steps, and the velocity of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ospnext.diffusion import BatchedGuidance, batches_branches, guide
+from ospnext.models.attend import Attend
+from ospnext.models.config import TransformerConfig
+from ospnext.models.flops import forward_flops
+from ospnext.models.memory import activation_peak
+from ospnext.ops.device import Device
+from ospnext.sparse import Grid
+
+if TYPE_CHECKING:
+    from ospnext.models import OSPNextTransformer, TextContext
+
+Forward = Callable[[Tensor, Tensor, "TextContext"], Tensor]
+
+
+class Branches:
+    """Velocities of one run, with guidance if `text` has negative embeddings.
+
+    `forward` is the transformer, perhaps compiled; `batched` says whether both branches share a call of it.
+    """
+
+    def __init__(
+        self,
+        transformer: OSPNextTransformer,
+        forward: Forward,
+        text: dict[str, Tensor | None],
+        guidance_scale: float,
+        *,
+        batched: bool,
+    ) -> None:
+        self._transformer, self._forward, self._scale = transformer, forward, guidance_scale
+        self._text = dict(text)
+        self.count = 1 if text["negative_prompt_embeds"] is None else 2
+        self.per_forward = self.count if batched else 1
+        self._contexts = [self._transformer.encode_text(embeds) for embeds in self._inputs()]
+
+    def _inputs(self) -> list[Tensor]:
+        """Embeddings of each forward of a step: of both branches, or of one after the other."""
+        embeds = [side for side in self._text.values() if side is not None]
+        return [torch.cat(embeds)] if self.per_forward > 1 else embeds
+
+    def replace_text(self, changed: dict[str, Tensor | None]) -> None:
+        """Compute keys and values of the text again where it is another tensor than before."""
+        before = self._inputs()
+        new = {name: embeds for name, embeds in changed.items() if embeds is not self._text[name]}
+        if not new:
+            return
+        self._text.update(new)
+        for i, embeds in enumerate(self._inputs()):
+            if self.per_forward > 1 or embeds is not before[i]:
+                self._contexts[i] = self._transformer.encode_text(embeds)
+
+    def velocity(self, latents_BCTHW: Tensor, timestep: Tensor) -> Tensor:
+        """At latents [B, C, T, H, W] and a timestep [] on their device. Nothing here waits for the device."""
+        timestep_B = timestep.expand(len(latents_BCTHW))
+        if self.per_forward > 1:
+            twice = torch.cat([latents_BCTHW, latents_BCTHW])
+            v_cond, v_uncond = self._forward(twice, timestep_B.repeat(2), self._contexts[0]).chunk(2)
+            return guide(v_cond, v_uncond, self._scale)
+        v_cond, *others = [self._forward(latents_BCTHW, timestep_B, context) for context in self._contexts]
+        return guide(v_cond, others[0], self._scale) if others else v_cond
+
+
+def batched(setting: BatchedGuidance, transformer: OSPNextTransformer, latents_BCTHW: Tensor) -> bool:
+    """`batches_branches` for this transformer, latents and device."""
+    config, videos, grid = transformer.config, len(latents_BCTHW), transformer.token_grid(latents_BCTHW)
+    return batches_branches(
+        setting,
+        block_flops=block_flops(config, grid, videos),
+        activations=sum(activation_peak(config, grid, 2 * videos, transformer.dtype).values()),
+        free=Device(transformer.device).free_memory() if setting == "auto" else 0,
+        scales_span_batch=scales_span_batch(transformer),
+    )
+
+
+def block_flops(config: TransformerConfig, grid: Grid, videos: int) -> float:
+    """Operations of a block for the videos of one branch, on average."""
+    flops = forward_flops(config, grid)
+    return videos * (flops.linear + flops.attention + flops.cross) / config.num_layers
+
+
+def scales_span_batch(transformer: OSPNextTransformer) -> bool:
+    """Whether some layer quantizes with one scale for a whole tensor, and so for all that share a batch."""
+    modules = list(transformer.modules())
+    attends = (module for module in modules if isinstance(module, Attend))
+    if any(attend.recipe is not None or attend.round_trip is not None for attend in attends):
+        return True
+    recipes = (getattr(module, "recipe", None) for module in modules)
+    return any(recipe is not None and recipe.granularity == "tensor" for recipe in recipes)

@@ -1,0 +1,80 @@
+"""How a transformer runs: eagerly, with its blocks compiled, or compiled as a whole. torch.compile does the work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ospnext.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ospnext.models import OSPNextTransformer, TextContext
+    from ospnext.sparse import Grid
+
+#: "blocks": one graph for all blocks that are alike, compiled in seconds; "max": one for the whole forward, with
+#: kernels chosen by measuring them and, where the device has them, device graphs; compiled in minutes.
+CompileMode = Literal["off", "blocks", "max"]
+
+#: Video sizes that stay compiled. One more, and all are forgotten: each costs memory and guards.
+MAX_SIZES = 16
+
+#: What torch.compile is told. A break of the graph is an error, and each size is compiled for itself.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks": {"fullgraph": True, "dynamic": False},
+    "max": {"fullgraph": True, "dynamic": False, "mode": "max-autotune"},
+}
+
+
+class CompiledTransformer:
+    """A transformer to be called like itself, in one of the modes. It is changed in place: `mode="off"` undoes that.
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+
+    def __init__(self, transformer: OSPNextTransformer, mode: CompileMode) -> None:
+        if mode not in get_args(CompileMode):
+            raise ConfigError(f"compile must be one of {', '.join(get_args(CompileMode))}; got {mode!r}")
+        self.transformer, self.mode = transformer, mode
+        self._sizes: set[tuple[Grid, int]] = set()
+        for module in (transformer, *transformer.blocks):
+            cast(Any, module)._compiled_call_impl = None
+        if mode != "off":
+            _allow_variants(MAX_SIZES * len(transformer.blocks))
+        for module in _compiled_modules(transformer, mode):
+            module.compile(**OPTIONS[mode])
+
+    def prepare(self, latents: Tensor, batch: int) -> None:
+        """Before the first call with latents like these: what is constant must be there when it is traced."""
+        size = (self.transformer.token_grid(latents), batch)
+        self.transformer.layout(*size)
+        if self.mode == "off" or size in self._sizes:
+            return
+        if len(self._sizes) >= MAX_SIZES:
+            torch.compiler.reset()
+            self._sizes.clear()
+        self._sizes.add(size)
+
+    def __call__(self, latents_BCTHW: Tensor, timestep_B: Tensor, text: TextContext) -> Tensor:
+        if self.mode != "max":
+            return self.transformer(latents_BCTHW, timestep_B, text)
+        # The next replay of a device graph writes its results where those of this one are.
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.transformer(latents_BCTHW, timestep_B, text).clone()
+
+
+def _compiled_modules(transformer: OSPNextTransformer, mode: CompileMode) -> list[nn.Module]:
+    if mode == "off":
+        return []
+    return [transformer] if mode == "max" else list(transformer.blocks)
+
+
+def _allow_variants(count: int) -> None:
+    """Let the compiler keep `count` variants of one function: all blocks share theirs, and its own limit is 8."""
+    import torch._dynamo  # two seconds, for those who compile only
+
+    options = cast(Any, torch._dynamo.config)
+    options.recompile_limit = max(options.recompile_limit, count)
+    options.accumulated_recompile_limit = max(options.accumulated_recompile_limit, count)
