@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 mkdir -p "$out"
-variants=dense,osp,osp-hif8,osp-hif8-tensor,osp-hif8-attn
+variants=dense,osp,osp-hif8,osp-hif8-row,osp-hif8-fast,osp-hif8-attn,osp-hif8-attn-fast
 
 # A variant that fails is a row with its error, and a status of 1 that must not end the others.
 for size in 720p 768p; do

@@ -1,6 +1,7 @@
 """Every check on every broken backend: which faults the suite finds, and which checks have never found one.
 
-    .venv/bin/python benchmarks/mutant_table.py [--case GLOB ...] [--mutant GLOB ...] [--jobs 2] [--long] [--unseen]
+    .venv/bin/python benchmarks/mutant_table.py [--case GLOB ...] [--mutant GLOB ...] [--contract GLOB ...]
+        [--jobs 2] [--long] [--unseen]
 
 A mutant is judged by the checks of its own contract, of the models and of the manifest; collectives have their own
 broken backends in tests/test_collective.py. Writes benchmarks/results/mutants.md."""
@@ -54,6 +55,10 @@ def chosen(patterns: list[str], long: bool) -> list[Check]:
     checks = select_checks(all_checks(), ("required", "optional"), patterns)
     left_out = (NEVER,) if long else (NEVER, LONG)
     return [c for c in checks if not any(fnmatchcase(c.id, pattern) for pattern in left_out)]
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def judge(name: str, patterns: list[str], long: bool) -> tuple[str, dict[str, str], float]:
@@ -124,13 +129,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", default=[], help="glob on check ids; may be repeated")
     parser.add_argument("--mutant", action="append", default=[], help="glob on mutants; may be repeated")
+    parser.add_argument("--contract", action="append", default=[], help="glob on what mutants break; may be repeated")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--long", action="store_true", help="attention of 75,600 keys, too")
     parser.add_argument("--unseen", action="store_true", help="only those that nothing has found so far")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "mutants.md")
     args = parser.parse_args()
     names = [
-        n for n in (UNSEEN if args.unseen else ALL) if not args.mutant or any(fnmatchcase(n, p) for p in args.mutant)
+        name
+        for name, mutant in (UNSEEN if args.unseen else ALL).items()
+        if matches(name, args.mutant) and matches(mutant.contract, args.contract)
     ]
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     spawn = get_context("spawn")  # a forked PyTorch may hang in its thread pools

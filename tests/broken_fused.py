@@ -250,8 +250,8 @@ class GeluErf(Honest):
 
     operator = "gelu_tanh"
 
-    def forward(self, x):
-        return F.gelu(x).contiguous()
+    def forward(self, x, *linear):
+        return F.gelu(F.linear(x, *linear) if linear else x).contiguous()
 
 
 class GeluInPlace(Honest):
@@ -265,6 +265,37 @@ class GeluInPlace(Honest):
         return out
 
 
+# ---- linear_gelu_tanh
+
+
+class BiasLeftOut(Honest):
+    """The epilogue has no bias."""
+
+    operator = "linear_gelu_tanh"
+
+    def forward(self, x, weight, bias):
+        return super().forward(x, weight, torch.zeros_like(bias))
+
+
+class GeluLeftOut(Honest):
+    """The linear alone."""
+
+    operator = "linear_gelu_tanh"
+
+    def forward(self, x, weight, bias):
+        return F.linear(x, weight, bias)
+
+
+class LastInputFeaturesLeftOut(Honest):
+    """What does not fill a tile of 16 input features is left out of the sum."""
+
+    operator = "linear_gelu_tanh"
+
+    def forward(self, x, weight, bias):
+        whole = x.shape[-1] // 16 * 16
+        return super().forward(x[..., :whole], weight[:, :whole], bias)
+
+
 # ---- every operator
 
 
@@ -273,7 +304,8 @@ class LosesTokensPast65535(Honest):
 
     def forward(self, *args):
         out = super().forward(*args)
-        out[:, 65_535:] = 0
+        tokens = out.transpose(0, 1) if out.ndim > 2 else out
+        tokens[65_535:] = 0
         return out
 
 

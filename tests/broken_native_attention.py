@@ -14,9 +14,13 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class Fp8Attention:
-    """Operands carried as E4M3, probabilities and the result rounded to it."""
+    """Operands carried as E4M3, probabilities and the result rounded to it. Products of 32 at a time are added to a sum
+    that is cut to 14 bits.
+    """
 
     contract = "native_attention"
+    #: Of the mantissa of a sum: 13 of 23, and the one that is not stored.
+    cut = 10
 
     def forward(
         self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, scale, scale_max, scale_mode, amax, **lengths
@@ -50,8 +54,15 @@ class Fp8Attention:
             return torch.zeros_like(q)
         logits = torch.einsum("qhd,khd->hqk", q, k) * self.of_logits(q_scale, k_scale) * scale
         exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
-        out = torch.einsum("hqk,khd->qhd", self.probabilities(exponentials), v)
+        out = self.sum(self.probabilities(exponentials), v)
         return self.result(out / exponentials.sum(-1).mT[..., None] * v_scale, v_scale, scale_max) + self.centre
+
+    def sum(self, p, v):
+        total = torch.zeros(p.shape[1], *v.shape[1:])
+        for weights, values in zip(p.split(32, -1), v.split(32), strict=True):
+            total += torch.einsum("hqk,khd->qhd", weights, values)
+            total = (total.view(torch.int32) >> self.cut << self.cut).view(torch.float32)
+        return total
 
     def of_logits(self, q_scale, k_scale):
         return q_scale * k_scale
@@ -133,21 +144,17 @@ class PackedAsOne(Fp8Attention):
         return found if cu_seqlens_q is None else found[0]
 
 
-class LongSumsKeep14Bits(Fp8Attention):
-    """Values keep their mean, and sums of 32 at a time are cut to 14 bits, as FP8 tensor cores do."""
+class MeanKept(Fp8Attention):
+    """v is quantized with its mean, which long sums lose."""
 
     def mean(self, v):
         return torch.zeros(v.shape[-2:])
 
-    def sequence(self, q, k, v, scales, scale, scale_max):
-        q_scale, k_scale, v_scale = scales
-        logits = torch.einsum("qhd,khd->hqk", q, k) * self.of_logits(q_scale, k_scale) * scale
-        exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
-        p, total = self.probabilities(exponentials), torch.zeros(())
-        for weights, values in zip(p.split(32, -1), v.split(32), strict=True):
-            total = total + torch.einsum("hqk,khd->qhd", weights, values)
-            total = (total.view(torch.int32) & ~0x3FF).view(torch.float32)
-        return self.result(total / exponentials.sum(-1).mT[..., None] * v_scale, v_scale, scale_max)
+
+class SumsKeep9Bits(Fp8Attention):
+    """Sums keep 9 bits."""
+
+    cut = 15
 
 
 class CentreForgotten(Fp8Attention):

@@ -18,6 +18,7 @@ from ospnext.numerics.carrier import shift_for, table
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.contracts.collective import CollectiveRequest
+from ospnext.ops.contracts.fused import FusedRequest
 from ospnext.ops.contracts.native_attention import NativeAttentionRequest
 from ospnext.ops.contracts.quantize import QuantizeRequest
 from ospnext.ops.contracts.quantized_linear import QuantizedLinearRequest
@@ -44,7 +45,10 @@ def decide(contract: str, request, device: DeviceInfo = HOPPER, missing: tuple[s
 
 DENSE = AttentionRequest("cuda", torch.bfloat16, 1, 75_600, 75_600, 40, 128)
 LINEAR = QuantizedLinearRequest("cuda", torch.bfloat16, (75_600, 5120, 5120), bias=True)
+ROWS = dataclasses.replace(LINEAR, x_granularity="row", weight_granularity="row")
 ROUND_TRIP = QuantizeRequest("cuda", torch.bfloat16, (75_600, 5120))
+HIDDEN = FusedRequest("cuda", torch.bfloat16, (1, 75_600, 5120))
+NATIVE = NativeAttentionRequest("cuda", torch.bfloat16, 1, 64, 64, 40, 128)
 NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn_interface")
 
 
@@ -62,13 +66,31 @@ NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn
         ("attention", dataclasses.replace(DENSE, head_dim=20), HOPPER, (), "cuda.math"),
         ("quantized_linear", LINEAR, HOPPER, (), "cuda.fp8_carrier"),
         ("quantized_linear", LINEAR, AMPERE, (), "cuda.bf16_grid"),
-        ("quantized_linear", dataclasses.replace(LINEAR, x_granularity="row"), HOPPER, (), "cuda.bf16_grid"),
+        ("quantized_linear", ROWS, HOPPER, (), "cuda.fp8_carrier"),
+        (
+            "quantized_linear",
+            dataclasses.replace(ROWS, carried=True, accumulate="fast"),
+            HOPPER,
+            (),
+            "cuda.fp8_carrier",
+        ),
+        ("quantized_linear", dataclasses.replace(ROWS, carried=True), AMPERE, (), "cuda.bf16_grid"),
+        ("quantized_linear", dataclasses.replace(LINEAR, backward=True), HOPPER, (), "cuda.fp8_carrier"),
+        ("quantized_linear", dataclasses.replace(ROWS, backward=True), HOPPER, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, mixed_bias=True), HOPPER, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, dtype=torch.float32), HOPPER, (), "cuda.bf16_grid"),
         ("quantized_linear", dataclasses.replace(LINEAR, accumulate="fp64"), HOPPER, (), "cuda.torch"),
         ("quantized_linear", LINEAR, HOPPER, ("triton",), "cuda.torch"),
         ("hif8_quantize", ROUND_TRIP, HOPPER, (), "cuda.triton"),
+        ("hif8_quantize", dataclasses.replace(ROUND_TRIP, granularity="row", carried=True), HOPPER, (), "cuda.triton"),
         ("hif8_quantize", dataclasses.replace(ROUND_TRIP, granularity="channel"), HOPPER, (), "cuda.torch"),
+        ("fused.linear_gelu_tanh", HIDDEN, HOPPER, (), "cuda.cublas"),
+        ("fused.linear_gelu_tanh", HIDDEN, AMPERE, ("triton",), "cuda.cublas"),
+        ("fused.linear_gelu_tanh", dataclasses.replace(HIDDEN, dtype=torch.float32), HOPPER, (), "cuda.torch"),
+        ("fused.linear_gelu_tanh", dataclasses.replace(HIDDEN, shape=(0, 5120)), HOPPER, (), "cuda.torch"),
+        ("fused.rms_norm_rope", HIDDEN, HOPPER, (), "cuda.triton"),
+        ("fused.rms_norm_rope", HIDDEN, HOPPER, ("triton",), "cuda.torch"),
+        ("native_attention", NATIVE, HOPPER, (), "cuda.cudnn_fp8"),
         ("collective", CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 8, 64), HOPPER, (), "cuda.nccl"),
         ("collective", CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 2, 64), AMPERE, (), "cuda.host"),
     ],
@@ -86,7 +108,7 @@ def test_two_ranks_on_one_gpu_are_told_why_not_nccl():
 PLAIN = {
     "attention": dataclasses.replace(DENSE, q_len=64, kv_len=64),
     "quantized_linear": dataclasses.replace(LINEAR, bias=False),
-    "native_attention": NativeAttentionRequest("cuda", torch.bfloat16, 1, 64, 64, 40, 128),
+    "native_attention": NATIVE,
     "hif8_quantize": ROUND_TRIP,
     "hif8_fake_quantize": ROUND_TRIP,
     "collective": CollectiveRequest("cuda", torch.bfloat16, "all_reduce", 2, 64),

@@ -242,8 +242,8 @@ def test_features_with_a_value_reach_the_request(capsys):
         (
             ["quantized_linear", "--feature", "backwards"],
             "(did you mean 'backward'?): quantized_linear knows x_granularity=tensor|row, "
-            "weight_granularity=tensor|row, bias, mixed_bias, accumulate=fp32|fp64, scale_max=NUMBER, "
-            "grad_scale_max=NUMBER, backward",
+            "weight_granularity=tensor|row, bias, mixed_bias, accumulate=fast|fp32|fp64, scale_max=NUMBER, "
+            "grad_scale_max=NUMBER, backward, carried",
         ),
         (
             ["quantized_linear", "--shape", "3,4"],

@@ -67,27 +67,55 @@ def backend_with_a_kernel() -> Iterator[Manifest]:
 # ---- who serves
 
 
-def test_without_a_kernel_it_is_quantized_attention_bit_for_bit():
+def composed(q, k, v, scale=32**-0.5, amax=(None, None)) -> torch.Tensor:
+    """What the contract says of dense calls, step by step: v makes its round trip without the mean of each channel."""
+    q, k = (ops.hif8_fake_quantize(t, amax=given) for t, given in zip((q, k), amax, strict=True))
+    mean = v.float().mean((0, 1))
+    rest = ops.hif8_fake_quantize(v.float() - mean)
+    out = ops.attention(q, k, rest.to(v.dtype), scale=scale)
+    return (out + (mean - rest.mean((0, 1)))).to(q.dtype)
+
+
+def test_without_a_kernel_it_is_attention_on_quantized_operands_bit_for_bit():
     q, k, v = operands()
-    for pack in ({}, {"scale": 0.3}):
-        found = ops.quantized_attention(q, k, v, recipe=NATIVE, **pack)
-        pack = pack or {"scale": 32**-0.5}
-        assert torch.equal(found, ops.quantized_attention(q, k, v, **pack))
+    assert torch.equal(ops.quantized_attention(q, k, v, recipe=NATIVE), composed(q, k, v))
+    found = ops.quantized_attention(q, k, v, recipe=NATIVE, scale=0.3)
+    assert torch.equal(found, composed(q, k, v, scale=0.3))
+    assert not torch.equal(found, composed(q, k, v))
+
+
+def test_a_mean_of_v_passes_unrounded():
+    """Added to every key it is added to every result, and takes no bits from what it is added to."""
+    q, k, v = (t.float() for t in operands())
+    shift = torch.linspace(-8, 8, 64).view(2, 32)
+    found = ops.quantized_attention(q, k, v + shift, recipe=NATIVE) - shift
+    torch.testing.assert_close(found, ops.quantized_attention(q, k, v, recipe=NATIVE), atol=1e-5, rtol=0)
+    exact = ops.attention(q, k, v)
+    rounded_whole = ops.quantized_attention(q, k, v + shift) - shift
+    assert (found - exact).norm() < 0.5 * (rounded_whole - exact).norm()
+
+
+def test_packed_rows_without_keys_have_no_mean_either():
+    q, k, v = (t[0] for t in operands(9))
+    pack = {"max_seqlen_q": 5, "max_seqlen_kv": 9}
+    pack |= {"cu_seqlens_q": cumulative((4, 5)), "cu_seqlens_kv": cumulative((0, 9))}
+    found = ops.quantized_attention(q, k, v + 3, recipe=NATIVE, **pack)
+    assert not found[:4].any()
+    assert torch.equal(found[4:], composed(q[None], k[None], v[None] + 3)[0, 4:])
 
 
 def test_a_kernel_takes_what_it_can_and_leaves_nothing_to_chance():
     q, k, v = operands()
     with backend_with_a_kernel():
         found = ops.quantized_attention(q, k, v, recipe=NATIVE)
-        exact = ops.quantized_attention(q, k, v)
-        assert torch.equal(found, _by_fp8(q, k, v)) and not torch.equal(found, exact)
+        assert torch.equal(found, _by_fp8(q, k, v)) and not torch.equal(found, composed(q, k, v))
         wide = [t.float() for t in (q, k, v)]
         with pytest.raises(UnsupportedRequestError, match=r"dtype: got torch.float32, [\s\S]*OSPNEXT_FALLBACK"):
             ops.quantized_attention(*wide, recipe=NATIVE)
         for policy in ({"fallback": ("quantize",)}, {"ops": {"native_attention": "composite"}}):
             with ops.use_backend("acme", **policy):
                 found = ops.quantized_attention(*wide, recipe=NATIVE)
-                assert torch.equal(found, ops.quantized_attention(*wide, scale=32**-0.5))
+                assert torch.equal(found, composed(*wide))
 
 
 def _by_fp8(q, k, v, **more):
@@ -96,14 +124,14 @@ def _by_fp8(q, k, v, **more):
 
 
 def test_given_scales_are_used():
-    """Ranks that share one: each of q, k and v has its own amax."""
+    """By ranks that share them: one for q and one for k. That of v is not of v without its mean, and serves nobody."""
     q, k, v = operands()
     amax = [torch.full((1, 1, 1, 1), value) for value in (9.0, 11.0, 14.0)]
     arguments = (None, None, 0, 0, None, 15.0, "amax")
     found = torch.ops.ospnext.native_attention(q, k, v, *arguments, amax)
-    trips = [ops.hif8_fake_quantize(t, amax=given) for t, given in zip((q, k, v), amax, strict=True)]
-    assert torch.equal(found, ops.attention(*trips, scale=32**-0.5))
+    assert torch.equal(found, composed(q, k, v, amax=amax[:2]))
     assert not torch.equal(found, torch.ops.ospnext.native_attention(q, k, v, *arguments, []))
+    assert torch.equal(found, torch.ops.ospnext.native_attention(q, k, v, *arguments, [*amax[:2], amax[0]]))
     with backend_with_a_kernel():
         found = torch.ops.ospnext.native_attention(q, k, v, *arguments, amax)
         assert torch.equal(found, _by_fp8(q, k, v, amax=amax))
@@ -136,9 +164,9 @@ def judged(name: str, out: torch.Tensor):
     return CONTRACT.expect(CONTRACT.inputs(CASES[name])).judge({"out": out})["out"]
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "k20160" not in n and n != "bf16-heads"])
+@pytest.mark.parametrize("name", CASES)
 def test_fp8_arithmetic_is_within_the_bounds(name):
-    """Near the bound, too: one several times wider would find nothing."""
+    """Near the bound, too, where there is something to round: one several times wider would find nothing."""
     case = CASES[name]
     named = CONTRACT.inputs(case)
     recipe, scale = named["recipe"], named.get("scale")
@@ -147,7 +175,10 @@ def test_fp8_arithmetic_is_within_the_bounds(name):
     settings = {"scale": scale, "scale_max": recipe.scale_max, "scale_mode": recipe.scale_mode, "amax": None}
     verdict = judged(name, fp8.forward(named["q"], named["k"], named["v"], **pack, **settings))
     assert verdict.ok
-    assert verdict.rms_error > 0.35 * verdict.rms_bound
+    # The probability of a key that has it all is an FP8 number, and so is its result; as are probabilities that are
+    # all alike. A result that is little but the centre is hardly rounded.
+    nearest = {"large": 0.25, "zeroscale": 0.0, "k20160-offset": 0.15}.get(name.partition("-")[2], 0.6)
+    assert verdict.rms_error > nearest * verdict.rms_bound
 
 
 def test_a_rounding_of_e4m3_is_what_the_bounds_say():

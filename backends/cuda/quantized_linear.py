@@ -123,6 +123,8 @@ def _product(
     else:
         by_a = a_scale.reshape(-1, 1).expand(len(a), 1).clone(memory_format=torch.contiguous_format)
         by_b = b_scale.reshape(1, -1).expand(1, len(b)).clone(memory_format=torch.contiguous_format)
+        # cuBLASLt has no fast sums with a bias and scales per row for few output features.
+        fast = fast and len(b) % 128 == 0
     bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)
     a, b = aligned(a), aligned(b)
     return torch._scaled_mm(a, b.T, by_a, by_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)

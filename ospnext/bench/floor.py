@@ -69,31 +69,30 @@ def elementwise_bytes(config: TransformerConfig, tokens: int, itemsize: int, rec
         norm of its q                     C        C
         residual                          2 C      C
         norm before the feed-forward      C        C *
-        GELU                              F        F *
+        GELU, where it is quantized       F        F *
         gate, residual and switch         2 C      C
 
-    and one norm in the head. What is marked feeds linears alone: with scales per row it can be written as codes. A
-    scale per tensor is known only after the last element.
+    and one norm in the head. A GELU that is not quantized can end the product before it. What is marked feeds linears
+    alone and is written as their codes; a scale per tensor is known only after the last element, so that it is then
+    computed twice: its operand is read again.
     """
     C, F = config.dim, config.ffn_dim
-    marked = 3 * C + F
-    reads, writes = 12 * C + F, 6 * C + marked
+    hidden = F if recipe is not None else 0
+    marked = 3 * C + hidden
+    reads, writes = 12 * C + hidden, 6 * C + marked
     block = itemsize * (reads + writes)
-    if recipe is not None and recipe.granularity == "row":
-        block -= (itemsize - CODE_BYTES) * marked
+    if recipe is not None:
+        block += (CODE_BYTES - itemsize) * marked + (itemsize * marked if recipe.granularity == "tensor" else 0)
     return tokens * (config.num_layers * block + itemsize * 2 * C)
 
 
 def quantize_bytes(config: TransformerConfig, tokens: int, itemsize: int, recipe: HiF8Recipe | None) -> int:
     """What quantizing the inputs of the linears of all blocks adds to `elementwise_bytes`.
 
-    Per token and block: what attention returns (2 C elements) is read and written as codes. With a scale per tensor it
-    is read twice; and all other inputs (3 C + F), whose largest magnitude the operator before can find, are read again.
+    Per token and block: what attention returns (2 C elements) is read and written as codes; with a scale per tensor it
+    is read twice.
     """
     if recipe is None:
         return 0
-    C, F = config.dim, config.ffn_dim
-    once = itemsize + CODE_BYTES
-    if recipe.granularity == "row":
-        return tokens * config.num_layers * 2 * C * once
-    return tokens * config.num_layers * (2 * C * (once + itemsize) + (3 * C + F) * once)
+    reads = 1 if recipe.granularity == "row" else 2
+    return tokens * config.num_layers * 2 * config.dim * (reads * itemsize + CODE_BYTES)

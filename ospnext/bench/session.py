@@ -28,6 +28,9 @@ from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 
 State = dict[str, Tensor]
 
+#: Profiled runs at most, for one whose time is that of the others.
+PROFILES = 2
+
 
 @dataclass
 class Session:
@@ -88,10 +91,17 @@ class Session:
         flops = forward_flops(model.config, work.grid)
         row = Row(**timed_row, tflop=(flops.total - flops.text) / 1e12, kernels=kernels)
         try:
-            parts = profiled(forward, self.device)
+            parts = self._parts(forward, row.milliseconds)
             return replace(row, parts=parts, floors=floors(work, model, variant, self.ceilings))
         except Exception as error:  # the times took longer than all of this: they are kept
             return replace(row, error=f"times only: {_said(error)}")
+
+    def _parts(self, forward: Callable[[], Tensor], milliseconds: float | None) -> dict[str, float]:
+        """Of the run that took most nearly as long as those without a profiler: clocks do not always stay."""
+        runs: list[dict[str, float]] = []
+        while len(runs) < PROFILES and not any(abs(sum(run.values()) / (milliseconds or 1) - 1) < 0.02 for run in runs):
+            runs.append(profiled(forward, self.device))
+        return min(runs, key=lambda run: abs(sum(run.values()) - (milliseconds or 0)))
 
     def _diffusers(self, work: Workload, state: State, inputs: Inputs, outputs: dict[str, Tensor]) -> Row:
         config = dense(work.config)

@@ -15,9 +15,10 @@ from ospnext.models import OSPNextTransformer, TransformerConfig
 from ospnext.models.quantization import QuantPolicy, prepare_for_inference, quantize_model
 from ospnext.ops import HiF8Recipe
 
-_TENSOR: dict[str, Any] = {"quant": "hif8"}
+_HIF8: dict[str, Any] = {"quant": "hif8"}
 _ROW: dict[str, Any] = {"quant": "hif8", "recipe": HiF8Recipe(granularity="row")}
-_ROW_ATTENTION: dict[str, Any] = {**_ROW, "quant_attn": "hif8_native"}
+_FAST: dict[str, Any] = {"quant": "hif8", "recipe": HiF8Recipe(granularity="row", accumulate="fast")}
+_ATTENTION = {"quant_attn": "hif8_native"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ VARIANTS = {
     for variant in (
         Variant("dense", "full attention in every block, bf16: Wan2.1", sparse=False),
         Variant("osp", "Skiparse-2D attention between full blocks at both ends, bf16"),
-        Variant("osp-hif8", "sparse, with HiFloat8 linears: a scale per token and per output feature", settings=_ROW),
-        Variant("osp-hif8-tensor", "sparse, with HiFloat8 linears: a scale per tensor, as published", settings=_TENSOR),
-        Variant("osp-hif8-attn", "as osp-hif8, with attention on 8-bit operands", settings=_ROW_ATTENTION),
+        Variant("osp-hif8", "sparse, with HiFloat8 linears: a scale per tensor, as published", settings=_HIF8),
+        Variant("osp-hif8-row", "as osp-hif8, with a scale per token and per output feature", settings=_ROW),
+        Variant("osp-hif8-fast", "as osp-hif8-row, with sums that keep 14 bits", settings=_FAST),
+        Variant("osp-hif8-attn", "as osp-hif8, with attention on 8-bit operands", settings=_HIF8 | _ATTENTION),
+        Variant("osp-hif8-attn-fast", "as osp-hif8-fast, with that attention", settings=_FAST | _ATTENTION),
     )
 }
 

@@ -5,6 +5,7 @@ Wan2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,20 @@ class AffineLayerNorm(nn.Module):
 
 
 def layer_norm_for(
-    consumers: Sequence[nn.Module], x_BNC: Tensor, *operands: Tensor | None, eps: float, **modulation: Tensor
+    consumers: Sequence[nn.Module],
+    x_BNC: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift_BC: Tensor | None = None,
+    scale_BC: Tensor | None = None,
+    *,
+    eps: float,
 ) -> Tensor | Quantized:
     """`ops.layer_norm_modulate`, in the form in which the linears that read it want it."""
     form = input_form(*consumers)
     if form is None:
-        return ops.layer_norm_modulate(x_BNC, *operands, eps=eps, **modulation)
-    return ops.layer_norm_modulate_quantize(x_BNC, *operands, eps=eps, **modulation, **form._asdict())
+        return ops.layer_norm_modulate(x_BNC, weight, bias, shift_BC, scale_BC, eps)
+    return ops.layer_norm_modulate_quantize(x_BNC, weight, bias, shift_BC, scale_BC, eps, **form._asdict())
 
 
 class AttentionProjections(nn.Module):
@@ -108,7 +116,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__(nn.Linear(dim, ffn_dim), GeluTanh(), nn.Linear(ffn_dim, dim))
 
-    def forward(self, x_BNC: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    def forward(self, x_BNC: Tensor | Quantized, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         into, _, out_of = self
         form = input_form(out_of)
         if form is None and isinstance(x_BNC, Tensor) and _is_plain(into, x_BNC):
@@ -119,7 +127,7 @@ class FeedForward(nn.Sequential):
         return project(ops.gelu_tanh_quantize(hidden_BNF, **form._asdict()), out_of, dtype=dtype)[0]
 
 
-def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+def _is_plain(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether nothing but its product is asked of a linear: no gradients, no hooks, no other class or dtype."""
     hooked = linear._forward_hooks or linear._forward_pre_hooks
     if torch.is_grad_enabled() or hooked or type(linear) is not nn.Linear:

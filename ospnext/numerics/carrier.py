@@ -40,8 +40,9 @@ def values(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def table(device: torch.device, shift: int) -> Tensor:
-    """uint8 [256]: by HiFloat8 code, the E4M3 code of 2^shift times its value."""
+    """uint8 [256]: by HiFloat8 code, the E4M3 code of 2^shift times its value. Zero has no sign, as in HiFloat8."""
     numbers = hif8.decode(torch.arange(256, dtype=torch.uint8)) * 2.0**shift
     numbers = torch.where(numbers.abs() <= LARGEST, numbers, torch.nan)
     with torch.inference_mode(False):  # kept for callers of every mode
-        return numbers.to(DTYPE).view(torch.uint8).to(device)
+        codes = numbers.to(DTYPE).view(torch.uint8)
+        return codes.masked_fill(codes == 0x80, 0).to(device)

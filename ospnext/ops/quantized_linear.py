@@ -104,9 +104,9 @@ def quantized_linear(
         of_x, x_quantized = None, x
     else:
         of_x, dtype = x, x.dtype
-    if x_quantized is None:
-        carried = codes.codes.dtype == carrier.DTYPE
-        x_quantized = hif8_quantize(x.detach(), **settings, amax_group=amax_group, carried=carried)
+        if x_quantized is None:
+            carried = codes.codes.dtype == carrier.DTYPE
+            x_quantized = hif8_quantize(x.detach(), **settings, amax_group=amax_group, carried=carried)
     return _op(
         of_x,
         *x_quantized,

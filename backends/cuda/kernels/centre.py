@@ -13,7 +13,7 @@ from torch import Tensor
 from ospnext.numerics import carrier
 from ospnext.numerics.scaling import ScaleMode, scale_of
 
-from .hif8 import codes_by_key
+from .carry import carry, divide
 
 _ROWS, _BLOCK = 256, 256
 
@@ -32,8 +32,9 @@ def quantize_centred(x_TC: Tensor, scale_max: float, scale_mode: ScaleMode) -> t
     amax = torch.maximum(high.amax(0) - mean, mean - low.amin(0)).amax()
     scale = scale_of(amax, scale_max, scale_mode)
     codes = torch.empty(x_TC.shape, dtype=torch.uint8, device=x_TC.device)
-    table = codes_by_key(x_TC.device, shift)
-    _codes[grid](x_TC, mean, scale, table, codes, sums, tokens, channels, x_TC.stride(0), ROWS=_ROWS, BLOCK=_BLOCK)
+    _codes[grid](
+        *(x_TC, mean, scale, codes, sums, tokens, channels, x_TC.stride(0)), SHIFT=shift, ROWS=_ROWS, BLOCK=_BLOCK
+    )
     by = carrier.carried_scale(scale, shift)
     # The mean of what was rounded away goes back, too: with many tokens it is all that there is.
     return codes.view(carrier.DTYPE), by, mean - sums.sum(0) * (by / tokens) + 0.0 * scale
@@ -47,10 +48,12 @@ def _statistics(x_ptr, sum_ptr, low_ptr, high_ptr, tokens, channels, stride, ROW
     total = tl.zeros([BLOCK], tl.float32)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
-    for token in range(first, tl.minimum(first + ROWS, tokens)):
+    token, last = first, tl.minimum(first + ROWS, tokens)
+    while token < last:
         x = tl.load(x_ptr + token * stride + column, mask=inside, other=0.0).to(tl.float32)
         total += x
         low, high = tl.minimum(low, x), tl.maximum(high, x)
+        token += 1
     at = tl.program_id(0) * channels + column
     tl.store(sum_ptr + at, total, mask=inside)
     tl.store(low_ptr + at, low, mask=inside)
@@ -62,12 +65,12 @@ def _codes(
     x_ptr,
     mean_ptr,
     scale_ptr,
-    table_ptr,
     codes_ptr,
     sum_ptr,
     tokens,
     channels,
     stride,
+    SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,14 +78,13 @@ def _codes(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < channels
     mean = tl.load(mean_ptr + column, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr) + tl.zeros_like(mean)
+    scale = tl.load(scale_ptr)
     total = tl.zeros([BLOCK], tl.float32)
-    for token in range(first, tl.minimum(first + ROWS, tokens)):
+    token, last = first, tl.minimum(first + ROWS, tokens)
+    while token < last:
         x = tl.load(x_ptr + token * stride + column, mask=inside, other=0.0).to(tl.float32)
-        bits = tl.div_rn(tl.where(inside, x - mean, 0.0), scale).to(tl.int32, bitcast=True)
-        key = (bits >> 19) & 0x1FFF
-        key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key)
-        code = tl.load(table_ptr + key)
+        code = carry(divide(tl.where(inside, x - mean, 0.0), scale), SHIFT, False)
         total += code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         tl.store(codes_ptr + token * channels + column, code, mask=inside)
+        token += 1
     tl.store(sum_ptr + tl.program_id(0) * channels + column, total, mask=inside)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import End, end_codes, quantized, row_amax
+from .row_quantize import End, codes_of, end_codes, quantized, row_amax
 from .rows import PIECE, new, row_of, stream, warps
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
@@ -36,14 +36,16 @@ def gelu_tanh_quantize(
     """(codes, scale) of what `gelu_tanh` gives in the dtype of x."""
 
     def run(end: End) -> None:
+        if end.form == "shared":  # element by element
+            _launch(None, x, end.codes, end)
+            return
         x_BNC = stream(x)
         samples, tokens, channels = x_BNC.shape
         block = triton.next_power_of_2(channels)
         _rows[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
-            FORM=end.form,
-            POWER_OF_TWO=end.power_of_two,
+            **end.constants(),
             BLOCK=block,
             num_warps=warps(block),
         )
@@ -51,7 +53,7 @@ def gelu_tanh_quantize(
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
 
 
-def _launch(grad: Tensor | None, x: Tensor, out: Tensor) -> None:
+def _launch(grad: Tensor | None, x: Tensor, out: Tensor, end: End | None = None) -> None:
     if not x.numel():
         return
     # Elementwise: where all lie side by side, they are one long row.
@@ -62,8 +64,11 @@ def _launch(grad: Tensor | None, x: Tensor, out: Tensor) -> None:
     block = min(PIECE, triton.next_power_of_2(channels))
     pieces = triton.cdiv(channels, block)
     _pieces[(samples * tokens * pieces,)](
-        *(None if grad is None else grad_BNC, x_BNC, out, tokens, channels, pieces),
-        *(*grad_BNC.stride()[:2], *x_BNC.stride()[:2]),
+        *(None if grad is None else grad_BNC, x_BNC, out),
+        *((end.scale, end.table) if end else (None, None)),
+        *(tokens, channels, pieces, *grad_BNC.stride()[:2], *x_BNC.stride()[:2]),
+        SHIFT=end.shift if end else None,
+        BELOW_16=end is not None and end.below_16,
         BLOCK=block,
         num_warps=warps(block, 256),
     )
@@ -79,6 +84,8 @@ def _pieces(
     grad_ptr,
     x_ptr,
     out_ptr,
+    scale_ptr,
+    table_ptr,
     tokens,
     channels,
     pieces,
@@ -86,6 +93,8 @@ def _pieces(
     grad_token_stride,
     sample_stride,
     token_stride,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
@@ -102,7 +111,9 @@ def _pieces(
         # 1 - gate, of which the difference would leave nothing where gate is near 1.
         rest = tl.sigmoid(-_twice_u(x))
         out = grad * (gate + out * rest * (_LINEAR + 3 * _CUBIC * x * x))
-    out = out.to(out_ptr.dtype.element_ty)
+    out = out.to(x_ptr.dtype.element_ty)
+    if scale_ptr is not None:
+        out = codes_of(out.to(tl.float32), tl.load(scale_ptr), table_ptr, SHIFT, BELOW_16)
     tl.store(row_of(out_ptr, 0, row, 0, channels) + column, out, mask=inside)
 
 
@@ -119,6 +130,8 @@ def _rows(
     sample_stride,
     token_stride,
     FORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -131,5 +144,5 @@ def _rows(
     if FORM == "amax":
         tl.store(scale_ptr + row, row_amax(y))
     else:
-        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM, POWER_OF_TWO)
+        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM, SHIFT, BELOW_16, POWER_OF_TWO)
         tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)

@@ -1,4 +1,5 @@
-"""HiFloat8 codes and values of scaled numbers in one pass: a division, and a table of what each quotient rounds to.
+"""HiFloat8 codes and values of scaled numbers in one pass: a division, and a table of what each quotient rounds to; or
+arithmetic, for codes that are carried.
 
 Halves go away from zero, so that sign, exponent and four bits of mantissa say all: see ospnext/numerics/hif8.py."""
 
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from ospnext.numerics import carrier, hif8
 
+from .carry import carry, divide
+
 _BLOCK = 2048
 
 
-def quantize_rows(x: Tensor, scale: Tensor, shift: int | None = None) -> Tensor:
+def quantize_rows(x: Tensor, scale: Tensor, shift: int | None = None, below_16: bool = False) -> Tensor:
     """uint8 codes of x / scale, contiguous, shape of x; `scale` is one fp32 value, or one for each row of x. With a
-    `shift`, the E4M3 numbers that carry them.
+    `shift`, the E4M3 numbers that carry them; faster where no quotient is 16 or more.
 
     x is fp32, bf16 or fp16."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    _run(x, scale, codes, codes_by_key(x.device, shift), False)
+    _run(x, scale, codes, codes_by_key(x.device), False, shift, below_16)
     return codes if shift is None else codes.view(carrier.DTYPE)
 
 
@@ -31,10 +34,18 @@ def fake_quantize_rows(x: Tensor, scale: Tensor) -> Tensor:
     return _run(x, scale, torch.empty(x.shape, dtype=x.dtype, device=x.device), _values(x.device), True)
 
 
-def _run(x: Tensor, scale: Tensor, out: Tensor, table: Tensor, scaled_back: bool) -> Tensor:
+def _run(
+    x: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    table: Tensor,
+    scaled_back: bool,
+    shift: int | None = None,
+    below_16: bool = False,
+) -> Tensor:
     if x.numel():
         columns = x.shape[-1] if x.ndim else 1
-        _look_up[(triton.cdiv(x.numel(), _BLOCK),)](
+        _quantize[(triton.cdiv(x.numel(), _BLOCK),)](
             x.contiguous(),
             scale.contiguous(),
             table,
@@ -43,6 +54,8 @@ def _run(x: Tensor, scale: Tensor, out: Tensor, table: Tensor, scaled_back: bool
             columns,
             ONE=scale.numel() == 1,
             SCALED_BACK=scaled_back,
+            SHIFT=shift,
+            BELOW_16=below_16,
             BLOCK=_BLOCK,
         )
     return out
@@ -54,11 +67,10 @@ def _keys() -> Tensor:
 
 
 @functools.cache
-def codes_by_key(device: torch.device, shift: int | None) -> Tensor:
-    """uint8 [2^13]: the code of each key, or with a `shift` the E4M3 number that carries it."""
+def codes_by_key(device: torch.device) -> Tensor:
+    """uint8 [2^13]: the code of each key."""
     with torch.inference_mode(False):
-        codes = hif8.encode(_keys())
-        return (codes if shift is None else carrier.table(codes.device, shift)[codes.int()]).to(device)
+        return hif8.encode(_keys()).to(device)
 
 
 @functools.cache
@@ -68,7 +80,15 @@ def _values(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _look_up(
+def look_up(x, table_ptr):
+    """What the table has for each fp32 number."""
+    bits = x.to(tl.int32, bitcast=True)
+    key = (bits >> 19) & 0x1FFF
+    return tl.load(table_ptr + tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key))
+
+
+@triton.jit
+def _quantize(
     x_ptr,
     scale_ptr,
     table_ptr,
@@ -77,19 +97,26 @@ def _look_up(
     columns,
     ONE: tl.constexpr,
     SCALED_BACK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ONE:
-        scale = tl.load(scale_ptr) + tl.zeros_like(x)
+        scale = tl.load(scale_ptr)
     else:
         scale = tl.load(scale_ptr + at // columns, mask=inside, other=1.0)
-    bits = tl.div_rn(x, scale).to(tl.int32, bitcast=True)  # the division of IEEE, as the contract asks
-    key = (bits >> 19) & 0x1FFF
-    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key)
-    found = tl.load(table_ptr + key)
+    # The division of IEEE, as the contract asks; Inf stays itself in HiFloat8 codes.
+    if ONE and SHIFT is not None:
+        quotient = divide(x, scale)
+    else:
+        quotient = tl.div_rn(x, scale + tl.zeros_like(x))
+    if SHIFT is None:
+        found = look_up(quotient, table_ptr)
+    else:
+        found = carry(quotient, SHIFT, BELOW_16)
     if SCALED_BACK:
         found = (found * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, found, mask=inside)

@@ -1,4 +1,4 @@
-"""Layer norm of rows held in registers, with weight and bias, a modulation for each sample, or both; as values or as
+"""Layer norm of rows, with weight and bias, a modulation for each sample, or both; as values or as
 HiFloat8 codes.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import End, end_codes, quantized, row_amax
-from .rows import ROWS, dense, new, partial_sums, row_of, stream, warps
+from .row_quantize import VALUES, End, codes_of, magnitude_bits, quantized, scale_of_row
+from .rows import PIECE, ROWS, dense, new, partial_sums, row_of, stream, warps
 
 Operand = Tensor | None
 
@@ -76,15 +76,15 @@ def _launch_forward(
         return
     x_BNC, shift, scale = stream(x), dense(shift), dense(scale)
     samples, tokens, channels = x_BNC.shape
-    block = triton.next_power_of_2(channels)
+    chunk = min(PIECE, triton.next_power_of_2(channels))
     _normalize[(samples * tokens,)](
         *(x_BNC, dense(weight), dense(bias), shift, scale, out),
         *((end.scale, end.table, end.scale_max, end.unit) if end else (None, None, 1.0, 1.0)),
         *(tokens, channels, *x_BNC.stride()[:2], _stride(shift), _stride(scale), eps),
-        FORM=end.form if end else "values",
-        POWER_OF_TWO=end is not None and end.power_of_two,
-        BLOCK=block,
-        num_warps=warps(block),
+        **(end.constants() if end else VALUES),
+        CHUNK=chunk,
+        CHUNKS=triton.cdiv(channels, chunk),
+        num_warps=warps(chunk, 256),
     )
 
 
@@ -133,33 +133,69 @@ def _normalize(
     scale_stride,
     eps,
     FORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
+    """A row in chunks that are read from cache again for each step: few registers keep many rows in flight, and no
+    lanes idle where channels are no power of two.
+    """
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
-    column = tl.arange(0, BLOCK)
-    inside = column < channels
+    column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
-    x = tl.load(start + column, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    centred = tl.where(inside, wide - tl.sum(wide) / channels, 0.0)
-    y = centred * tl.rsqrt(tl.sum(centred * centred) / channels + eps)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        y = y * weight + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(row_of(scale_ptr, sample, 0, scale_stride, 0) + column, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(row_of(shift_ptr, sample, 0, shift_stride, 0) + column, mask=inside, other=0.0).to(tl.float32)
-        y = y * (1 + scale) + shift
-    out = y.to(x_ptr.dtype.element_ty)
+    total = tl.zeros([CHUNK], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        total += tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
+    mean = tl.sum(total) / channels
+    total = tl.zeros([CHUNK], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
+        centred = tl.where(at < channels, x - mean, 0.0)
+        total += centred * centred
+    inverse = tl.rsqrt(tl.sum(total) / channels + eps)
+    shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
+    scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
+    if FORM == "amax" or FORM == "row":
+        largest = tl.zeros([CHUNK], tl.int32)
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            y = _affine(start, at, at < channels, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row)
+            wide = tl.where(at < channels, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
+            largest = tl.maximum(largest, magnitude_bits(wide))
+        amax = tl.max(largest).to(tl.float32, bitcast=True)
     if FORM == "amax":
-        tl.store(row_scale_ptr + row, row_amax(out.to(tl.float32)))
+        tl.store(row_scale_ptr + row, amax)
     else:
-        if FORM != "values":
-            wide = out.to(tl.float32)
-            out = end_codes(wide, row, row_scale_ptr, table_ptr, scale_max, unit, FORM, POWER_OF_TWO)
-        tl.store(row_of(out_ptr, 0, row, 0, channels) + column, out, mask=inside)
+        if FORM == "row":
+            of_row = scale_of_row(amax, scale_max, POWER_OF_TWO)
+            tl.store(row_scale_ptr + row, of_row * unit)
+        elif FORM == "shared":
+            of_row = tl.load(row_scale_ptr)
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            y = _affine(start, at, at < channels, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row)
+            out = y.to(x_ptr.dtype.element_ty)
+            if FORM != "values":
+                out = codes_of(out.to(tl.float32), of_row, table_ptr, SHIFT, BELOW_16)
+            tl.store(row_of(out_ptr, 0, row, 0, channels) + at, out, mask=at < channels)
+
+
+@triton.jit
+def _affine(start, at, inside, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row):
+    """A chunk of the row that starts there, normalized and modulated, in fp32."""
+    y = (tl.load(start + at, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * weight + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if scale_row is not None:
+        scale = tl.load(scale_row + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * (1 + scale) + tl.load(shift_row + at, mask=inside, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit

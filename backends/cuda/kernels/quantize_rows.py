@@ -22,8 +22,7 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
         _quantize[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
-            FORM=end.form,
-            POWER_OF_TWO=end.power_of_two,
+            **end.constants(),
             BLOCK=block,
             num_warps=warps(block),
         )
@@ -44,6 +43,8 @@ def _quantize(
     sample_stride,
     token_stride,
     FORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,5 +53,5 @@ def _quantize(
     inside = column < channels
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
     x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    codes = end_codes(x, row, scale_ptr, table_ptr, scale_max, unit, FORM, POWER_OF_TWO)
+    codes = end_codes(x, row, scale_ptr, table_ptr, scale_max, unit, FORM, SHIFT, BELOW_16, POWER_OF_TWO)
     tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)

@@ -62,7 +62,7 @@ def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tens
         *(*x_BNC.stride()[:2], _stride(cos), _stride(sin), eps),
         HEADS=height,
         DIM=width,
-        num_warps=warps(height * width),
+        num_warps=warps(height * width, 2048),
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +16,11 @@ from torch import Tensor
 from ospnext.numerics import carrier
 from ospnext.numerics.scaling import SMALLEST_AMAX, Granularity, ScaleMode, amax_of, scale_of
 
-from .hif8 import codes_by_key
+from .carry import carry, divide
+from .hif8 import codes_by_key, look_up
 from .rows import new
 
+SHIFT_OF_15 = carrier.shift_for(15.0)
 _SMALLEST_AMAX: tl.constexpr = tl.constexpr(SMALLEST_AMAX)
 
 
@@ -30,11 +33,30 @@ class End:
     form: str
     codes: Tensor
     scale: Tensor
-    table: Tensor
+    #: Of HiFloat8 codes by key; E4M3 numbers that carry 2^shift times a value need none.
+    table: Tensor | None
+    shift: int | None
     scale_max: float
-    #: Codes that carry 2^shift times a value have a scale that is so much smaller.
+    #: Carried codes have a scale that is so much smaller.
     unit: float
     power_of_two: bool
+
+    @property
+    def below_16(self) -> bool:
+        """Whether quotients are, which carries them with less work: the largest is scale_max but for a rounding."""
+        return self.shift == SHIFT_OF_15 and self.scale_max < 15.99
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "FORM": self.form,
+            "SHIFT": self.shift,
+            "BELOW_16": self.below_16,
+            "POWER_OF_TWO": self.power_of_two,
+        }
+
+
+#: Of kernels that write values.
+VALUES: dict[str, Any] = {"FORM": "values", "SHIFT": None, "BELOW_16": False, "POWER_OF_TWO": False}
 
 
 def quantized(
@@ -52,7 +74,8 @@ def quantized(
     shift = carrier.shift_for(scale_max) if carried else None
     unit = 2.0 ** -(shift or 0)
     codes, scale = new(x, dtype=torch.uint8), new(x, *x.shape[:-1], 1, dtype=torch.float32)
-    end = End("row", codes, scale, codes_by_key(x.device, shift), scale_max, unit, scale_mode == "pow2")
+    table = None if carried else codes_by_key(x.device)
+    end = End("row", codes, scale, table, shift, scale_max, unit, scale_mode == "pow2")
     if not x.numel():
         scale = scale_of(amax_of(x, granularity), scale_max, scale_mode) * unit
     elif granularity == "row":
@@ -66,27 +89,50 @@ def quantized(
 
 
 @triton.jit
-def end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def end_codes(
+    y,
+    row,
+    scale_ptr,
+    table_ptr,
+    scale_max,
+    unit,
+    FORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BELOW_16: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+):
     """Codes of a row y, which is fp32; its scale is written or, where it is shared, read."""
     if FORM == "shared":
         scale = tl.load(scale_ptr)
     else:
-        scale = _scale(row_amax(y), scale_max, POWER_OF_TWO)
+        scale = scale_of_row(row_amax(y), scale_max, POWER_OF_TWO)
         tl.store(scale_ptr + row, scale * unit)
-    bits = tl.div_rn(y, scale + tl.zeros_like(y)).to(tl.int32, bitcast=True)
-    key = (bits >> 19) & 0x1FFF  # sign, exponent and four bits of mantissa, see hif8.py
-    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x0FF8, key)
-    return tl.load(table_ptr + key)
+    return codes_of(y, scale, table_ptr, SHIFT, BELOW_16)
+
+
+@triton.jit
+def codes_of(y, scale, table_ptr, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
+    """Of fp32 numbers y and one scale."""
+    if SHIFT is None:
+        codes = look_up(divide(y, scale), table_ptr)
+    else:
+        codes = carry(divide(y, scale), SHIFT, BELOW_16)
+    return codes
 
 
 @triton.jit
 def row_amax(y):
-    """As integers magnitudes have the same order, in which NaN comes last."""
-    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    return tl.max(magnitude_bits(y)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scale(amax, scale_max, POWER_OF_TWO: tl.constexpr):
+def magnitude_bits(y):
+    """As integers magnitudes have the same order, in which NaN comes last."""
+    return y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of_row(amax, scale_max, POWER_OF_TWO: tl.constexpr):
     scale = tl.div_rn(tl.maximum(amax, _SMALLEST_AMAX), scale_max)
     if POWER_OF_TWO:
         above = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000

@@ -91,12 +91,21 @@ def _product(equation: str, a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum(equation, a, b)
     left, right, out = equation.replace("->", ",").split(",")
     (letter,) = {x for x in left if x in right} - set(out)
-    total: Tensor | None = None
-    outer = equation.replace(letter, "")
-    for left_term, right_term in zip(a.unbind(left.index(letter)), b.unbind(right.index(letter)), strict=True):
-        term = torch.einsum(outer, left_term, right_term)
-        total = term if total is None else total.add_(term)
-    return torch.einsum(equation, a, b) if total is None else total
+    pairs = list(zip(_spread(a, left, letter + out), _spread(b, right, letter + out), strict=True))
+    if not pairs:
+        return torch.einsum(equation, a, b)
+    first = (x.select(letters.index(letter), 0) for x, letters in ((a, left), (b, right)))
+    total = torch.einsum(equation.replace(letter, ""), *first)
+    term = torch.empty_like(total)  # fresh memory for each would take most of the time
+    for pair in pairs[1:]:
+        total += torch.mul(*pair, out=term)
+    return total
+
+
+def _spread(x: Tensor, letters: str, order: str) -> Tensor:
+    """x [*letters] with its dimensions in another order, which has more: those are of size 1."""
+    x = x.permute([letters.index(letter) for letter in order if letter in letters]).contiguous()
+    return x[tuple(slice(None) if letter in letters else None for letter in order)]
 
 
 class _FlashBackward(torch.autograd.Function):

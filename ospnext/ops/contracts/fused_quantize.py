@@ -125,8 +125,8 @@ _PUT: dict[str, tuple[tuple[Any, ...], float]] = {
     "nan": ((0, 2, 3), math.nan),
     "inf": ((-1, -1, -1), math.inf),
 }
-_CARRIED = {"carried": True}
-_TENSOR = {"granularity": "tensor"}
+_CARRIED: dict[str, Any] = {"carried": True}
+_TENSOR: dict[str, Any] = {"granularity": "tensor"}
 #: (name, settings, kind of x, whether with every optional operand: a shift would make a row of zeros another one).
 _QUANTIZED: tuple[tuple[str, str, dict[str, Any], str, bool], ...] = (
     ("carried", "bf16 fp32", _CARRIED, "", True),
