@@ -54,6 +54,9 @@ def _workload(work: Workload, rows: list[Row]) -> Iterator[str]:
             yield f"dense reaches {row.of_kernels:.0%} of its kernels: of its linear and attention kernels run alone."
             yield ""
     for row in rows:
+        if row.remark:
+            yield from (f"{row.variant}: {row.remark}.", "")
+    for row in rows:
         if row.parts:
             yield from _parts(row)
     yield from _kernels(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ospnext.bench.kernels import Kernels
@@ -31,6 +31,8 @@ class Row:
     floors: dict[str, float] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
+    #: What a reader has to know, of a row that is right otherwise.
+    remark: str | None = None
     error: str | None = None
 
     @property
@@ -48,6 +50,21 @@ class Row:
     def idle(self) -> float | None:
         """Milliseconds of the median in which no operator ran: gaps between kernels, and the host."""
         return max(0.0, self.timing.median - sum(self.parts.values())) if self.timing and self.parts else None
+
+
+#: Parts must add up to the time of the forwards without a profiler, but for this share of it.
+CLOSURE = 0.05
+
+
+def with_parts(row: Row, parts: dict[str, float], *, is_cpu: bool) -> Row:
+    """`row` with parts that add up to its time. Others say nothing: the profiler stopped the device, whose clocks then
+    moved, or counted kernels twice. On a CPU a profiler is part of what takes time.
+    """
+    found, asked = sum(parts.values()), row.milliseconds or 0.0
+    if is_cpu or abs(found - asked) <= CLOSURE * asked:
+        return replace(row, parts=parts)
+    remark = f"no parts: under the profiler they add up to {found:,.0f} ms, and the forward takes {asked:,.0f}"
+    return replace(row, remark=remark)
 
 
 def ratio(row: Row, baseline: str, rows: Iterable[Row]) -> float | None:
@@ -84,5 +101,6 @@ def as_json(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
         "idle": row.idle,
         "difference_to": row.differences,
         "kernels": row.kernels,
+        "remark": row.remark,
         "error": row.error,
     }

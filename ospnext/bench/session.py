@@ -16,7 +16,7 @@ from ospnext.bench.diffusers_twin import fastest_attention, forward_of, twin
 from ospnext.bench.kernels import kernels_chosen
 from ospnext.bench.measure import release, timed
 from ospnext.bench.parts import profiled
-from ospnext.bench.rows import DENSE, DIFFUSERS, Row
+from ospnext.bench.rows import DENSE, DIFFUSERS, Row, with_parts
 from ospnext.bench.variants import Variant, dense
 from ospnext.bench.weights import Inputs, random_inputs, random_state
 from ospnext.bench.workload import Workload
@@ -91,12 +91,12 @@ class Session:
         flops = forward_flops(model.config, work.grid)
         row = Row(**timed_row, tflop=(flops.total - flops.text) / 1e12, kernels=kernels)
         try:
-            parts = self._parts(forward, row.milliseconds)
-            return replace(row, parts=parts, floors=floors(work, model, variant, self.ceilings))
+            row = with_parts(row, self._profiled(forward, row.milliseconds), is_cpu=Device(self.device).is_cpu)
+            return replace(row, floors=floors(work, model, variant, self.ceilings))
         except Exception as error:  # the times took longer than all of this: they are kept
             return replace(row, error=f"times only: {_said(error)}")
 
-    def _parts(self, forward: Callable[[], Tensor], milliseconds: float | None) -> dict[str, float]:
+    def _profiled(self, forward: Callable[[], Tensor], milliseconds: float | None) -> dict[str, float]:
         """Of the run that took most nearly as long as those without a profiler: clocks do not always stay."""
         runs: list[dict[str, float]] = []
         while len(runs) < PROFILES and not any(abs(sum(run.values()) / (milliseconds or 1) - 1) < 0.02 for run in runs):
