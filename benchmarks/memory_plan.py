@@ -33,7 +33,7 @@ from ospnext.pipelines.vae_memory import decode_peak
 LAYERS, TINY_LAYERS = 8, 8
 SIZES, TINY_SIZES = (("14b", "720p", 1), ("14b", "768p", 1), ("14b", "480p", 2)), (("tiny", "80x112", 2),)
 #: (base_dim, latents) of decodes in fp32: Wan's autoencoder at 720p, nine frames.
-DECODES, TINY_DECODES = ((96, (3, 90, 160)),), ((8, (2, 34, 34)),)
+DECODES, TINY_DECODES = ((96, (3, 90, 160)),), ((8, (1, 34, 34)),)
 MIB = 2**20
 
 

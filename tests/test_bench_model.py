@@ -251,6 +251,18 @@ def test_share_of_kernels_and_idle_time():
     assert "| no operator | 15.0 | 15% |  |  |" in text
 
 
+def test_parts_that_do_not_add_up_are_left_out_with_a_remark():
+    timed = row("dense", (100.0,))
+    near = rows.with_parts(timed, {"linear": 70.0, "attention": 34.0}, is_cpu=False)
+    assert near.parts == {"linear": 70.0, "attention": 34.0} and near.remark is None
+    far = rows.with_parts(timed, {"linear": 70.0, "attention": 36.0}, is_cpu=False)
+    assert far.parts == {} and far.remark == (
+        "no parts: under the profiler they add up to 106 ms, and the forward takes 100"
+    )
+    assert f"dense: {far.remark}." in report.markdown([far], {"device": "cpu"})
+    assert rows.with_parts(timed, {"linear": 106.0}, is_cpu=True).parts == {"linear": 106.0}
+
+
 def test_repeats_are_timed_one_by_one():
     calls = []
     found = measure.timed(lambda: calls.append(None), CPU, repeats=4, warm_up=2)
@@ -264,7 +276,7 @@ def test_repeats_are_timed_one_by_one():
 ROW_KEYS = {
     *("preset", "resolution", "height", "width", "frames", "tokens", "layers", "shortened", "variant", "compile"),
     *("milliseconds", "min", "max", "repeats", "ratio_to_dense", "ratio_to_diffusers_compiled", "peak_gib", "tflop"),
-    *("of_kernels", "parts", "floors", "idle", "difference_to", "kernels", "error"),
+    *("of_kernels", "parts", "floors", "idle", "difference_to", "kernels", "remark", "error"),
 }
 
 
@@ -282,7 +294,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert list(by_name) == list(VARIANTS)
     for name, r in by_name.items():
         assert r.keys() == ROW_KEYS
-        assert r["error"] is None
+        assert r["error"] is None and r["remark"] is None
         assert r["tokens"] == 48
         assert 0 < r["min"] <= r["milliseconds"] <= r["max"]
         assert r["ratio_to_dense"] == pytest.approx(by_name["dense"]["milliseconds"] / r["milliseconds"])

@@ -15,6 +15,7 @@ from small_models import random_inputs, random_model
 
 from ospnext import ops
 from ospnext.backends import reference
+from ospnext.bench.variants import VARIANTS
 from ospnext.generation.config import GenerateConfig, SamplingConfig, VaeConfig, VideoConfig
 from ospnext.generation.jobs import Run, make_jobs
 from ospnext.generation.memory import fused_operators
@@ -301,6 +302,6 @@ def test_the_benchmark(monkeypatch, capsys, tmp_path):
     runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "memory_plan.py"), run_name="__main__")
     text = (tmp_path / "out.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| dense", "| osp", "| decode"))]
-    assert len(rows) == 7 and "FAILED" not in text
+    assert len(rows) == len(VARIANTS) + 2 and "FAILED" not in text
     assert all(0.9 < float(row[4]) < 1.1 for row in rows)
     assert text.strip() == capsys.readouterr().out.strip()

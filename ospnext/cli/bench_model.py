@@ -14,8 +14,8 @@ HELP = """Time one denoising forward (one branch of guidance) of a model with ra
   ospnext bench model --preset 14b --layers 10 --variants dense,osp --against diffusers --json bench.json --out bench.md
   ospnext bench model --preset tiny --resolution 64x96 --frames 9                    # on a CPU, in seconds
 
-Variants: dense (Wan2.1), osp (Skiparse-2D), osp-hif8 (HiFloat8 linears with scales per tensor, as
-published), osp-hif8-row, osp-hif8-fast (and sums of 14 bits), osp-hif8-attn(-fast) (8-bit attention). The text is encoded
+Variants: dense (Wan2.1), osp (Skiparse-2D), osp-hif8 (HiFloat8 linears with scales per tensor, as published),
+osp-hif8-row, osp-hif8-fast (and sums of 14 bits), osp-hif8-attn(-fast) (8-bit attention). The text is encoded
 before. What each part of a forward takes stands next to what its kernels take alone, measured in the same run.
 docs/performance.md explains the report. Exits with 1 if a variant failed; the others are measured all the same."""
 
