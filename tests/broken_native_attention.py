@@ -26,7 +26,7 @@ class Fp8Attention:
         self, q, k, v, *, cu_seqlens_q, cu_seqlens_kv, scale, scale_max, scale_mode, amax, **lengths
     ) -> torch.Tensor:
         mean = self.mean(v)
-        given = (*(amax or (None, None))[:2], None)
+        given = (*(amax or (None, None)), None)
         settings = {"scale_max": scale_max, "scale_mode": scale_mode, "granularity": "tensor", "carried": True}
         carried = [self.quantize(t, a, **settings) for t, a in zip((q, k, v.float() - mean), given, strict=True)]
         numbers = [codes.float() for codes, _ in carried]

@@ -52,16 +52,16 @@ class Row:
         return max(0.0, self.timing.median - sum(self.parts.values())) if self.timing and self.parts else None
 
 
-#: Parts must add up to the time of the forwards without a profiler, but for this share of it.
+#: Share of the time of a forward by which its parts may exceed it: what is less than it, no operator takes.
 CLOSURE = 0.05
 
 
 def with_parts(row: Row, parts: dict[str, float], *, is_cpu: bool) -> Row:
-    """`row` with parts that add up to its time. Others say nothing: the profiler stopped the device, whose clocks then
-    moved, or counted kernels twice. On a CPU a profiler is part of what takes time.
+    """`row` with its parts, if they add up to no more than its time. Otherwise they say nothing: the profiler stopped
+    the device, whose clocks then moved, or counted kernels twice. On a CPU a profiler is part of what takes time.
     """
     found, asked = sum(parts.values()), row.milliseconds or 0.0
-    if is_cpu or abs(found - asked) <= CLOSURE * asked:
+    if is_cpu or found <= (1 + CLOSURE) * asked:
         return replace(row, parts=parts)
     remark = f"no parts: under the profiler they add up to {found:,.0f} ms, and the forward takes {asked:,.0f}"
     return replace(row, remark=remark)

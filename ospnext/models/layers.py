@@ -5,7 +5,7 @@ Wan2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +82,13 @@ class SelfAttention(AttentionProjections):
     """Attention among video tokens: within each subsequence of a sparse block, among all tokens in a full one."""
 
     def forward(self, x_BNC: Tensor | Quantized, plan: BlockPlan, dtype: torch.dtype) -> Tensor:
-        q_BNC, k_BNC, v_BNC = project(x_BNC, self.q, self.k, self.v, dtype=dtype)
-        q_BNHD = ops.rms_norm_rope(q_BNC, self.norm_q.weight, plan.cos, plan.sin, self.norm_q.eps)
-        k_BNHD = ops.rms_norm_rope(k_BNC, self.norm_k.weight, plan.cos, plan.sin, self.norm_k.eps)
-        return self.o(self.attend(q_BNHD, k_BNHD, self.split_heads(v_BNC), plan.subsequences).flatten(2))
+        # Names are given again, and up, so that nothing lives longer than it is needed: each is 0.8 GB at 720P.
+        q, k, v = project(x_BNC, self.q, self.k, self.v, dtype=dtype)
+        q = ops.rms_norm_rope(q, self.norm_q.weight, plan.cos, plan.sin, self.norm_q.eps)
+        k = ops.rms_norm_rope(k, self.norm_k.weight, plan.cos, plan.sin, self.norm_k.eps)
+        out_BNHD = self.attend(q, k, self.split_heads(v), plan.subsequences)
+        del q, k, v
+        return self.o(out_BNHD.flatten(2))
 
 
 class CrossAttention(AttentionProjections):
@@ -98,9 +101,11 @@ class CrossAttention(AttentionProjections):
         return self.split_heads(self.norm_k(k_BLC)), self.split_heads(v_BLC)
 
     def forward(self, x_BNC: Tensor | Quantized, text_kv_BLHD: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        (q_BNC,) = project(x_BNC, self.q, dtype=dtype)
-        q_BNHD = self.split_heads(self.norm_q(q_BNC))
-        return self.o(self.attend(q_BNHD, *text_kv_BLHD).flatten(2))
+        (q,) = project(x_BNC, self.q, dtype=dtype)
+        q = self.split_heads(self.norm_q(q))
+        out_BNHD = self.attend(q, *text_kv_BLHD)
+        del q
+        return self.o(out_BNHD.flatten(2))
 
 
 class GeluTanh(nn.Module):
@@ -121,10 +126,12 @@ class FeedForward(nn.Sequential):
         form = input_form(out_of)
         if form is None and isinstance(x_BNC, Tensor) and _is_plain(into, x_BNC):
             return out_of(ops.linear_gelu_tanh(x_BNC, into.weight, into.bias))
-        (hidden_BNF,) = project(x_BNC, into, dtype=dtype)
+        hidden: Tensor | Quantized = project(x_BNC, into, dtype=dtype)[0]
         if form is None:
-            return out_of(ops.gelu_tanh(hidden_BNF))
-        return project(ops.gelu_tanh_quantize(hidden_BNF, **form._asdict()), out_of, dtype=dtype)[0]
+            hidden = ops.gelu_tanh(cast(Tensor, hidden))
+        else:
+            hidden = ops.gelu_tanh_quantize(cast(Tensor, hidden), **form._asdict())
+        return project(hidden, out_of, dtype=dtype)[0]
 
 
 def _is_plain(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:

@@ -133,13 +133,12 @@ class _Block:
         yield x | {"norm before self-attention": self._norm("modulated", C, *qkv)}
         y = x | {"normalised stream": self._normed(C, *qkv)}  # a local of the block until the next norm
         entering = 0 if self.as_codes(*qkv) else self.codes("self_attn.v", C)
-        y_qkv = y | {"q, k and v": self.of(3 * C)}  # locals of the attention until it returns
+        y_qkv = y | {"q, k and v": self.of(3 * C)}
         yield y_qkv | {"codes of the normalised stream": entering}
-        yield y_qkv | {"rotated q": self.of(C), "norm and rotation of k": self._rms_norm_rope(C)}
-        rotated = y_qkv | {"rotated q and k": self.of(2 * C)}
+        yield y_qkv | {"norm and rotation of q or k": self._rms_norm_rope(C)}
         through = self._through_hif8("self_attn", 3 * C)
-        yield rotated | {"q, k and v in HiFloat8": through, "attention output": self.of(C)}
-        out = rotated | {"attention output": self.of(C)}
+        yield y_qkv | {"q, k and v in HiFloat8": through, "attention output": self.of(C)}
+        out = y | {"attention output": self.of(C)}
         yield out | {"codes of the attention output": self.codes("self_attn.o", C), "projected output": self.of(C)}
         yield y | {"projected output": self.of(C), "gated sum": self._gate_residual(gated=True)}
 
@@ -152,10 +151,9 @@ class _Block:
         y_q = y | {"q": self.of(C)}
         yield y_q | {"codes of the normalised stream": 0 if self.as_codes(q) else self.codes(q, C)}
         yield y_q | {"norm of q": self._rms_norm(C)}
-        normed = y_q | {"normed q": self.of(C)}
         through = self._through_hif8("cross_attn", C)
-        yield normed | {"q in HiFloat8": through, "attention output": self.of(C)}
-        out = normed | {"attention output": self.of(C)}
+        yield y_q | {"q in HiFloat8": through, "attention output": self.of(C)}
+        out = y | {"attention output": self.of(C)}
         yield out | {"codes of the attention output": self.codes(o, C), "projected output": self.of(C)}
         yield held | {"projected output": self.of(C), "sum": self._gate_residual(gated=False)}
 
@@ -166,11 +164,11 @@ class _Block:
         yield x | before | {"norm before the feed-forward": self._norm("modulated", C, "ffn.0")}
         y = x | {"normalised stream": self._normed(C, "ffn.0")}  # an argument of the feed-forward
         plain = not self.recipes.keys() & {"ffn.0", "ffn.2"}
-        hidden = y | {"hidden": self.of(F)}  # a local of the feed-forward until it returns
+        hidden = y | {"hidden": self.of(F)}
         if not (plain and "linear_gelu_tanh" in self.fused):
             yield hidden | {"codes of the normalised stream": 0 if self.as_codes("ffn.0") else self.codes("ffn.0", C)}
             yield hidden | {"GELU of hidden": self._gelu(F)}
-        gelu = (y if plain else hidden) | {"GELU of hidden": self._normed(F, "ffn.2")}
+        gelu = y | {"GELU of hidden": self._normed(F, "ffn.2")}
         codes = 0 if self.as_codes("ffn.2") else self.codes("ffn.2", F)
         yield gelu | {"codes of the GELU": codes, "projected output": self.of(C)}
         yield y | {"projected output": self.of(C), "gated sum": self._gate_residual(gated=True, permuted=self.permuted)}

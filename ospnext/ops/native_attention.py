@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NativeAttentionKernel(Protocol):
-    """What an implementation's `target` provides. `scale` is resolved; `amax` is that of q, k and v, each as
+    """What an implementation's `target` provides. `scale` is resolved; `amax` is that of q and k, each as
     hif8_quantize takes it, or None; arguments of the other form (dense, packed) are None.
     """
 
@@ -39,7 +39,7 @@ class NativeAttentionKernel(Protocol):
         scale: float,
         scale_max: float,
         scale_mode: ScaleMode,
-        amax: tuple[Tensor, Tensor, Tensor] | None,
+        amax: tuple[Tensor, Tensor] | None,
     ) -> Tensor: ...
 
 
@@ -68,7 +68,8 @@ def native_attention(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError(f"native attention is for inference: it has no gradient. {_INSTEAD}, or torch.no_grad()")
     group = remember_group(amax_group)
-    amax = [amax_op(t, "tensor", group) for t in (q, k, v)] if group else []
+    # v has another scale once its mean is gone, and ranks need not share that: they hold other heads of it.
+    amax = [amax_op(t, "tensor", group) for t in (q, k)] if group else []
     pack = (cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
     return _op(q, k, v, *pack, scale, recipe.scale_max, recipe.scale_mode, amax)
 
@@ -98,8 +99,8 @@ def _kernel_for(
     kernel = _decided.get(signature)
     if kernel is None:
         check_operands(q, k, v, None, cu_q, cu_kv, max_q, max_kv)
-        if len(amax) not in (0, 3):
-            raise ValueError(f"native_attention: amax is that of q, k and v, or empty; got {len(amax)} tensors")
+        if len(amax) not in (0, 2):
+            raise ValueError(f"native_attention: amax is that of q and k, or empty; got {len(amax)} tensors")
         packed = cu_q is not None
         request = NativeAttentionRequest(
             device_type=q.device.type,
@@ -144,7 +145,7 @@ def _forward(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         scale_max=scale_max,
         scale_mode=scale_mode,
-        amax=(amax[0], amax[1], amax[2]) if amax else None,
+        amax=(amax[0], amax[1]) if amax else None,
     )
 
 

@@ -60,9 +60,8 @@ class CudnnFp8:
     ) -> Tensor:
         q, scale = without_zero(q, scale)
         settings = {"scale_max": scale_max, "scale_mode": scale_mode, "granularity": "tensor", "carried": True}
-        # Values without their mean are another tensor than the one whose magnitude was given.
-        amax = amax or (None, None, None)
-        pairs = [quantize(t.detach(), given, **settings) for t, given in zip((q, k), amax[:2], strict=True)]
+        amax = amax or (None, None)
+        pairs = [quantize(t.detach(), given, **settings) for t, given in zip((q, k), amax, strict=True)]
         (q8, q_scale), (k8, k_scale) = ((codes, s.reshape(1)) for codes, s in pairs)
         v8, v_scale, centre = quantize_centred(v.detach().reshape(-1, v.shape[-2:].numel()), scale_max, scale_mode)
         v8, v_scale = v8.view(v.shape), v_scale.reshape(1)

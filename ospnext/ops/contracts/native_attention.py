@@ -33,11 +33,12 @@ P           probabilities may be rounded to 3 bits of mantissa; below 2^-10 of t
             2^-13 of that.
 Result      may be rounded to E4M3 with one scale for the tensor, by which the largest magnitude that v can have becomes
             448: to 3 bits of mantissa, and below 2^-14 of that magnitude to steps that stay. It is never clipped.
-Sums        keep 12 bits at least: those of logits and those of the result.
+Sums        as of 32 products at a time that keep 14 bits: those of logits and those of the result.
 Error       each element within what these add up to at most; and all elements together as near as independent
             roundings would bring them. For values without structure that is 3.9e-2 of the norm of the result, beside
             what the attention contract allows.
-Exactness   less rounding is always right: where a backend declares no kernel, quantized_attention serves."""
+Exactness   less rounding is always right: where a backend declares no kernel, attention on rounded values serves.
+Given amax  of q and k replaces theirs, so that ranks share scales."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class NativeAttentionRequest:
     custom_scale: bool = False
     scale_max: float = 15.0
     scale_mode: ScaleMode = "amax"
-    #: Of q, k and v.
+    #: Of q and k.
     given_amax: bool = False
 
 
@@ -77,13 +78,13 @@ class Composition:
         scale: float,
         scale_max: float,
         scale_mode: ScaleMode,
-        amax: tuple[Tensor, Tensor, Tensor] | None,
+        amax: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         from ospnext import ops
 
         settings: dict[str, Any] = {"scale_max": scale_max, "scale_mode": scale_mode}
-        given = amax or (None, None)  # that of v is not of v without its mean
-        q, k = (ops.hif8_fake_quantize(t, **settings, amax=a) for t, a in zip((q, k), given, strict=False))
+        given = amax or (None, None)
+        q, k = (ops.hif8_fake_quantize(t, **settings, amax=a) for t, a in zip((q, k), given, strict=True))
         wide = v.double() if v.dtype == torch.float64 else v.float()
         mean = wide.flatten(0, -3).mean(0)
         rest = ops.hif8_fake_quantize(wide - mean, **settings)
@@ -164,7 +165,7 @@ def _library_calls(named: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Any, .
     operands = [named[name] for name in ("q", "k", "v")]
     pack = [named.get(name) for name in ("cu_seqlens_q", "cu_seqlens_kv")]
     longest = [named.get(f"max_seqlen_{side}", 0) for side in ("q", "kv")]
-    for amax in ([], [op("hif8_amax")(t, "tensor", "") for t in operands]):
+    for amax in ([], [op("hif8_amax")(t, "tensor", "") for t in operands[:2]]):
         settings = (named.get("scale"), recipe.scale_max, recipe.scale_mode, amax)
         yield op("native_attention"), (*operands, *pack, *longest, *settings)
 
