@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ospnext import ops
+from ospnext.bench.measure import timed
 from ospnext.numerics import carrier
 from ospnext.ops import HiF8Recipe, use_backend
 from ospnext.ops.contracts import CONTRACTS
@@ -194,16 +194,7 @@ def _graph(kernel, operands: list[Tensor], scales: list[Tensor], of_result: Tens
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return timed(call, torch.device("cuda"), repeats=REPEATS, warm_up=2).median
 
 
 def time_rows() -> Iterator[Callable[[], list[str]]]:

@@ -8,7 +8,6 @@ those of operands and results, each once; the rate is compared with a copy of as
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ospnext.bench.measure import timed
 from ospnext.ops import use_backend
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.registry import registry
@@ -51,17 +51,7 @@ def main() -> None:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return timed(call, torch.device("cuda"), repeats=REPEATS, warm_up=2).median
 
 
 def copy_rate() -> float:

@@ -219,7 +219,7 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:cudnn_fp8",
             handles=frozenset({"packed", "custom_scale", "scale_max", "scale_mode", "given_amax"}),
             requires=("cudnn", "triton"),
-            install="pip install nvidia-cudnn-frontend",
+            install="pip install --no-deps nvidia-cudnn-frontend==1.32.0",
             refusals=(
                 Refusal("capability", device={"capability": (8, 9)}),
                 Refusal("scale_max", {"scale_max": 512.0}),
