@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 import torch
 
 from ospnext import ops
+from ospnext.ops import library
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts import fused as definitions
 from ospnext.ops.contracts.attention import cumulative
@@ -120,3 +124,49 @@ def test_every_contract_has_its_op():
         # Collectives act on process groups, in the layer above torch.library; compositions call the ops of others.
         if contract.family != "collective" and not contract.composed_of:
             assert hasattr(OPS, name.removeprefix("fused."))
+
+
+class _Nowhere(torch.Tensor):
+    """A tensor that says it is on a device, and has no memory."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} computed with it")
+
+
+def test_a_kernel_runs_with_the_device_of_its_operands(monkeypatch):
+    """One that is launched without PyTorch goes to the current device. Here devices are made by hand."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device_index(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def kernel(count, x):
+        seen.append(current[0])
+
+    monkeypatch.setattr(library, "_several_devices", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    for device in ("cuda:1", "cuda:3", "cpu"):
+        operand = torch.Tensor._make_wrapper_subclass(_Nowhere, (2,), device=torch.device(device))
+        library._on_its_device(kernel)(7, operand)
+    assert seen == [1, 3, 0] and current == [0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: OPS.layer_norm_modulate(x[None], None, None, x[0, :1], x[0, :1], 1e-6),
+            "x must have 3 dimensions",
+        ),
+        (lambda x: OPS.gate_residual(x[0], x[0], x[0], None), "x must have 3 dimensions"),
+        (lambda x: OPS.rope(x, x[0], x[0]), "x must have 4 dimensions"),
+        (lambda x: OPS.gate_residual(x, x, None, torch.zeros(5)), "permutation must be int64; got torch.float32"),
+    ],
+)
+def test_operands_that_a_kernel_would_read_astray_are_refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(torch.zeros(2, 5, 8))

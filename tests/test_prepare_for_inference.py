@@ -112,6 +112,18 @@ def test_it_cannot_be_saved_or_trained(preferring, tmp_path):
     with pytest.raises(ConfigError, match="prepare_for_inference has changed the codes"):
         save_transformer(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for call in (model.state_dict, lambda: model.load_state_dict(quantized("row").state_dict())):
+        with pytest.raises(ConfigError, match="or load the model again"):
+            call()
     latents, timestep, text = random_inputs(model.config, GRID, dtype=torch.float32)
     with pytest.raises(ValueError, match="carried codes are for inference"):
         model(latents.requires_grad_(), timestep, text).sum().backward()
+
+
+def test_an_input_that_a_hook_changes_is_the_one_that_is_quantized():
+    model = quantized("row")
+    given = random_inputs(model.config, GRID, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(*given)
+        model.blocks[0].self_attn.v.register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]),))
+        assert not model(*given).allclose(expected)

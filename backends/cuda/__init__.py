@@ -60,6 +60,7 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:fa4",
             handles=_EVERY_FEATURE,
             requires=("flash_attn.cute",),
+            compiled_by=("nvidia-cutlass-dsl", "quack-kernels"),
             install="pip install 'ospnext[cuda]'",
             refusals=(
                 Refusal("capability", device={"capability": (8, 0)}),

@@ -17,7 +17,7 @@ from ospnext.ops.contracts.quantized_linear import QuantizedLinearRequest
 from ospnext.ops.registry import DeviceInfo
 
 _HALF = (torch.bfloat16, torch.float16)
-#: Elements of a row that the registers of a program hold.
+#: Elements of a row that the registers of a program hold, in the kernels that keep one.
 LONGEST_ROW = 16_384
 
 

@@ -79,7 +79,7 @@ class Bf16Grid:
     """Exact operands: every HiFloat8 value is a bf16 one. Sums in fp32, then scales, bias and one rounding."""
 
     def forward(self, x_codes, x_scale, weight_codes, weight_scale, bias, *, dtype, accumulate, scale_max) -> Tensor:
-        x_MK, weight_NK = (values(t, torch.bfloat16).flatten(0, -2) for t in (x_codes, weight_codes))
+        x_MK, weight_NK = (values(t, torch.bfloat16).reshape(-1, t.shape[-1]) for t in (x_codes, weight_codes))
         y_MN = torch.mm(x_MK, weight_NK.T, out_dtype=torch.float32) * x_scale.reshape(-1, 1) * weight_scale.reshape(-1)
         return (y_MN if bias is None else y_MN + bias).to(dtype).view(*x_codes.shape[:-1], -1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ospnext import ops
+from ospnext.errors import ConfigError
 from ospnext.numerics import carrier
 from ospnext.numerics.scaling import ScaleMode
 from ospnext.ops import HiF8Recipe, Quantized
@@ -107,6 +108,21 @@ class StoredHiF8Linear(nn.Module):
     def carried(self) -> bool:
         return self.weight.dtype == carrier.DTYPE
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._refuse_carried("saved")
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._refuse_carried("loaded into")
+        super()._load_from_state_dict(*arguments)
+
+    def _refuse_carried(self, what: str) -> None:
+        if self.carried:
+            raise ConfigError(
+                f"prepare_for_inference has changed the codes of this model into numbers that a device multiplies: it "
+                f"cannot be {what}. Do that before, or load the model again"
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredHiF8Linear:
         """`.to(dtype)` is for the bias: codes and scale keep their bits, and only move."""
         codes, scale = self.weight, self.weight_scale
@@ -161,6 +177,8 @@ def project(x: Tensor | Quantized, *linears: nn.Module, dtype: torch.dtype | Non
     """
     if isinstance(x, Quantized):
         return tuple(cast(StoredHiF8Linear, linear)(x, dtype=dtype) for linear in linears)
+    if any(linear._forward_pre_hooks for linear in linears):  # they may change x, each in its own way
+        return tuple(linear(x) for linear in linears)
     if len({_alike(linear) for linear in linears}) > 1 or not isinstance(linears[0], HiF8Linear | StoredHiF8Linear):
         return tuple(linear(x) for linear in linears)
     first = linears[0]

@@ -109,7 +109,9 @@ class CrossAttention(AttentionProjections):
 
 
 class GeluTanh(nn.Module):
-    """A place in an nn.Sequential, so that the linears around it keep their official indices."""
+    """A place in an nn.Sequential, so that the linears around it keep their official indices. In a block it is not
+    called: GELU may end the linear before it, or in codes for the one after.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.gelu_tanh(x)
@@ -135,9 +137,13 @@ class FeedForward(nn.Sequential):
 
 
 def _is_plain(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Whether nothing but its product is asked of a linear: no gradients, no hooks, no other class or dtype."""
+    """Whether nothing but its product is asked of a linear: no gradients, no hooks, no other class of it or of its
+    weight, and one dtype.
+    """
     hooked = linear._forward_hooks or linear._forward_pre_hooks
-    if torch.is_grad_enabled() or hooked or type(linear) is not nn.Linear:
+    if torch.is_grad_enabled() or hooked or type(linear) is not nn.Linear or linear.bias is None:
+        return False
+    if type(linear.weight) is not nn.Parameter:
         return False
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return False

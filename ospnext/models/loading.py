@@ -221,11 +221,6 @@ def stored_quantization(model: nn.Module) -> Quantization:
     linears = {name: m.recipe for name, m in model.named_modules() if isinstance(m, StoredHiF8Linear)}
     if not linears:
         return Quantization()
-    if any(m.carried for m in model.modules() if isinstance(m, StoredHiF8Linear)):
-        raise ConfigError(
-            "prepare_for_inference has changed the codes of this model into numbers that a device multiplies, which "
-            "are not its weights bit for bit; save it before, or load it again"
-        )
     attends = {name.removesuffix(".attend"): m for name, m in model.named_modules() if isinstance(m, Attend)}
     return Quantization(linears, {name: m.recipe for name, m in attends.items() if m.recipe is not None})
 

@@ -55,8 +55,8 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
 def prepare_for_inference(model: OSPNextTransformer) -> OSPNextTransformer:
     """Keep stored codes in the form that the backend in force multiplies fastest, in place; returns the model.
 
-    Call it on the device and under the backend that will run. The model can then neither be saved nor give gradients,
-    and computes elsewhere too, with the same values."""
+    Call it on the device and under the backend that will run. The model can then neither be saved nor give gradients.
+    Other backends compute with the same values if they handle carried codes, as the reference does."""
     for module in model.modules():
         if isinstance(module, StoredHiF8Linear):
             module.carry(model.dtype)

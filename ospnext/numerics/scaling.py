@@ -30,7 +30,7 @@ def amax_of(x: Tensor, granularity: Granularity) -> Tensor:
     """Largest magnitude, fp32 in `scale_shape`; NaN where there is one, 0 where there is nothing."""
     shape = scale_shape(x.shape, granularity)
     if x.numel() == 0:
-        return torch.zeros(shape, device=x.device)
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     # One pass without a temporary, unlike x.abs().amax().
     if granularity == "tensor":
         low, high = torch.aminmax(x)

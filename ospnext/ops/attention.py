@@ -312,6 +312,7 @@ _attention_backward_op = define(
     "(Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
+    may_wait=True,  # for how many keys a mask leaves, or lengths
 )
 _attention_op = define(
     "attention",
@@ -319,6 +320,7 @@ _attention_op = define(
     "(Tensor, Tensor)",
     kernel=_forward,
     fake=_forward_fake,
+    may_wait=True,
 )
 _differentiable_op = define(
     "attention_differentiable",
@@ -328,4 +330,5 @@ _differentiable_op = define(
     fake=_differentiable_fake,
     backward=_autograd,
     setup_context=_setup_context,
+    may_wait=True,
 )

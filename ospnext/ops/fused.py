@@ -196,6 +196,18 @@ def _check(name: str, named: Named) -> None:
             raise ValueError(f"{name}: give both of {one} and {other} or neither")
     if name == "linear_gelu_tanh":
         _check_linear(**named)
+    per_token = any(named.get(operand) is not None for operand in ("shift", "scale", "gate", "permutation", "cos"))
+    rank = 4 if name == "rope" else 3 if per_token else x.ndim
+    if x.ndim != rank or x.ndim < 1:
+        raise ValueError(
+            f"{name}: x must have {rank} dimensions, [B, N, ...], with these operands; got {tuple(x.shape)}"
+        )
+    permutation = named.get("permutation")
+    if permutation is not None and permutation.dtype != torch.int64:
+        raise ValueError(f"{name}: permutation must be int64; got {permutation.dtype}")
+    devices = {str(operand.device) for operand in named.values() if isinstance(operand, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: all tensors must be on one device; got {', '.join(sorted(devices))}")
     per_channel, per_sample, tokens = x.shape[-1:], x.shape[:1] + x.shape[-1:], x.shape[1:2]
     angles = (*tokens, x.shape[-1] // 2 if name == "rope" else named["cos"].shape[-1]) if "cos" in named else ()
     expected = {
@@ -269,7 +281,7 @@ def _define(name: str, contract: Contract) -> Callable[..., Any]:
 
 def _define_gradient(
     name: str, kernel_for: KernelFor, definition: Callable[..., Sequence[Tensor | None]]
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Any]:
     """`ospnext::<name>_backward`, which returns one gradient per tensor argument (empty: it has none), and what makes
     it the gradient of `ospnext::<name>`.
     """

@@ -156,4 +156,5 @@ _op = define(
     "Tensor",
     kernel=_forward,
     fake=lambda q, *rest: q.new_empty(q.shape),
+    may_wait=True,  # for lengths that it has not seen yet
 )

@@ -103,6 +103,8 @@ def quantized_linear(
             raise ValueError("quantized_linear: x as codes needs dtype, that of the result, and no x_quantized")
         of_x, x_quantized = None, x
     else:
+        if dtype not in (None, x.dtype):
+            raise ValueError(f"quantized_linear: the result has the dtype of x, {x.dtype}; got dtype={dtype}")
         of_x, dtype = x, x.dtype
         if x_quantized is None:
             carried = codes.codes.dtype == carrier.DTYPE

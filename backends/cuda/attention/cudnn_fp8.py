@@ -58,6 +58,8 @@ class CudnnFp8:
         scale_mode,
         amax,
     ) -> Tensor:
+        if not v.numel():
+            return torch.zeros_like(q, memory_format=torch.contiguous_format)
         q, scale = without_zero(q, scale)
         settings = {"scale_max": scale_max, "scale_mode": scale_mode, "granularity": "tensor", "carried": True}
         amax = amax or (None, None)
@@ -81,12 +83,15 @@ class CudnnFp8:
         return out
 
 
+@functools.cache
 def _unit(scale_max: float) -> float:
     """The scale of the result over that of v. A result is a mean of values and no larger than they are, which carried
     are at most 2^n times the HiFloat8 value of `scale_max`: that becomes the largest number of E4M3, so that nothing is
     clipped and no call needs to know the one before.
     """
-    largest = hif8.round_to_grid(torch.tensor(scale_max)).item() * 2.0 ** carrier.shift_for(scale_max)
+    largest = hif8.round_to_grid(
+        torch.tensor(scale_max, dtype=torch.float32, device="cpu")
+    ).item() * 2.0 ** carrier.shift_for(scale_max)
     return largest / carrier.LARGEST
 
 
@@ -126,7 +131,7 @@ def run_graph(
         handle = _handle(device)
         cudnn.set_stream(handle, torch.cuda.current_stream(device).cuda_stream)
         graph = built(handle, batch, q_len, k_BSHD.shape[1], heads, head_dim, scale)
-        amax = torch.empty(2, device=device)
+        amax = torch.empty(2, dtype=torch.float32, device=device)
         operands = {"q": q_BSHD, "k": k_BSHD, "v": v_BSHD, "o": out_BSHD, "amax_s": amax[:1], "amax_o": amax[1:]}
         operands |= {**scalars, "scale_s": _constant(p_scale, device), "descale_s": _constant(1.0 / p_scale, device)}
         workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device)
@@ -187,7 +192,7 @@ def _handle(device: torch.device) -> Any:
 @functools.cache
 def _constant(value: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # kept for callers of every mode
-        return torch.full((1,), value, device=device)
+        return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 cudnn_fp8 = CudnnFp8()

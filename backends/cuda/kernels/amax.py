@@ -16,7 +16,7 @@ def amax_of_all(x: Tensor) -> Tensor:
     """fp32 with every dimension 1; NaN where there is one, 0 of nothing. x is fp32, bf16 or fp16, with any strides."""
     x, shape = x.contiguous(), [1] * x.ndim
     if not x.numel():
-        return torch.zeros(shape, device=x.device)
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     parts = torch.empty(triton.cdiv(x.numel(), _BLOCK * _BLOCKS), dtype=torch.int32, device=x.device)
     _largest[(len(parts),)](x, parts, x.numel(), BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)
     return parts.amax().view(torch.float32).view(shape)

@@ -25,9 +25,9 @@ def divide(x, scale):
 
 
 @triton.jit
-def carry(x, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
-    """E4M3 bytes of 2^SHIFT times the HiFloat8 value of each fp32 number; NaN where it exceeds 448, which with SHIFT up
-    to 4 no number below 16 does.
+def carry(x, scale, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
+    """E4M3 bytes of 2^SHIFT times the HiFloat8 value of each quotient x by `scale`; NaN where that is, and where it
+    exceeds 448, which with SHIFT up to 4 no number below 16 does. Numbers below 16 are NaN with their scale alone.
     """
     # Half a step: three bits of mantissa from 2^-3 on, two from 2^-7, then one; what is below 2^-15 has none, and is
     # zero in E4M3 unless the shift is large. Numbers of 16 and more have fewer again.
@@ -41,7 +41,8 @@ def carry(x, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
         if SHIFT < 1:
             half = tl.where(magnitude >= 256.0, 1 << 21, half)
     rounded = (x.to(tl.int32, bitcast=True) + half) & (-half - half)  # halves away from zero, whatever the sign
-    number = rounded.to(tl.float32, bitcast=True) * (2.0**SHIFT)
+    # Bits of a NaN may have become those of any number by now: the scale brings it back, or x itself.
+    number = tl.fma(rounded.to(tl.float32, bitcast=True), 2.0**SHIFT, scale * 0.0)
     if not BELOW_16:
-        number = tl.where(tl.abs(number) <= 448.0, number, float("nan"))
+        number = tl.where((tl.abs(number) <= 448.0) & (x == x), number, float("nan"))
     return number.to(tl.float8e4nv).to(tl.uint8, bitcast=True)

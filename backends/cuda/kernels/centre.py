@@ -14,6 +14,7 @@ from ospnext.numerics import carrier
 from ospnext.numerics.scaling import ScaleMode, scale_of
 
 from .carry import carry, divide
+from .rows import dense
 
 _ROWS, _BLOCK = 256, 256
 
@@ -22,6 +23,7 @@ def quantize_centred(x_TC: Tensor, scale_max: float, scale_mode: ScaleMode) -> t
     """(carried codes [T, C], their scale [], centre fp32 [C]): x is about codes * scale + centre, and so exactly on
     the mean of each channel. Two passes, which read x and write codes; not finite where x is not.
     """
+    x_TC = dense(x_TC)
     tokens, channels = x_TC.shape
     shift = carrier.shift_for(scale_max)
     grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(channels, _BLOCK))
@@ -83,7 +85,7 @@ def _codes(
     token, last = first, tl.minimum(first + ROWS, tokens)
     while token < last:
         x = tl.load(x_ptr + token * stride + column, mask=inside, other=0.0).to(tl.float32)
-        code = carry(divide(tl.where(inside, x - mean, 0.0), scale), SHIFT, False)
+        code = carry(divide(tl.where(inside, x - mean, 0.0), scale), scale, SHIFT, False)
         total += code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         tl.store(codes_ptr + token * channels + column, code, mask=inside)
         token += 1

@@ -144,5 +144,5 @@ def _rows(
     if FORM == "amax":
         tl.store(scale_ptr + row, row_amax(y))
     else:
-        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, FORM, SHIFT, BELOW_16, POWER_OF_TWO)
+        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, SHIFT, BELOW_16, POWER_OF_TWO)
         tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)

@@ -25,7 +25,7 @@ def quantize_rows(x: Tensor, scale: Tensor, shift: int | None = None, below_16: 
 
     x is fp32, bf16 or fp16."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    _run(x, scale, codes, codes_by_key(x.device), False, shift, below_16)
+    _run(x, scale, codes, codes_by_key(x.device) if shift is None else None, False, shift, below_16)
     return codes if shift is None else codes.view(carrier.DTYPE)
 
 
@@ -38,7 +38,7 @@ def _run(
     x: Tensor,
     scale: Tensor,
     out: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     scaled_back: bool,
     shift: int | None = None,
     below_16: bool = False,
@@ -116,7 +116,7 @@ def _quantize(
     if SHIFT is None:
         found = look_up(quotient, table_ptr)
     else:
-        found = carry(quotient, SHIFT, BELOW_16)
+        found = carry(quotient, scale, SHIFT, BELOW_16)
     if SCALED_BACK:
         found = (found * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, found, mask=inside)

@@ -53,5 +53,5 @@ def _quantize(
     inside = column < channels
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
     x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    codes = end_codes(x, row, scale_ptr, table_ptr, scale_max, unit, FORM, SHIFT, BELOW_16, POWER_OF_TWO)
+    codes = end_codes(x, row, scale_ptr, table_ptr, scale_max, unit, SHIFT, BELOW_16, POWER_OF_TWO)
     tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)

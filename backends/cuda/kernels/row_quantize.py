@@ -1,4 +1,4 @@
-"""HiFloat8 codes of rows that a program holds in registers: the end of kernels whose result is quantized, and so never
+"""HiFloat8 codes of rows that a program has computed: the end of kernels whose result is quantized, and so never
 written. The arithmetic is that of ospnext/numerics/scaling.py, bit for bit.
 """
 
@@ -96,17 +96,13 @@ def end_codes(
     table_ptr,
     scale_max,
     unit,
-    FORM: tl.constexpr,
     SHIFT: tl.constexpr,
     BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
-    """Codes of a row y, which is fp32; its scale is written or, where it is shared, read."""
-    if FORM == "shared":
-        scale = tl.load(scale_ptr)
-    else:
-        scale = scale_of_row(row_amax(y), scale_max, POWER_OF_TWO)
-        tl.store(scale_ptr + row, scale * unit)
+    """Codes of a row y, which is fp32, by a scale of its own, which is written."""
+    scale = scale_of_row(row_amax(y), scale_max, POWER_OF_TWO)
+    tl.store(scale_ptr + row, scale * unit)
     return codes_of(y, scale, table_ptr, SHIFT, BELOW_16)
 
 
@@ -116,7 +112,7 @@ def codes_of(y, scale, table_ptr, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
     if SHIFT is None:
         codes = look_up(divide(y, scale), table_ptr)
     else:
-        codes = carry(divide(y, scale), SHIFT, BELOW_16)
+        codes = carry(divide(y, scale), scale, SHIFT, BELOW_16)
     return codes
 
 
