@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from ospnext.errors import ConfigError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) in one step; an interruption leaves the old file."""
@@ -20,6 +22,20 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """For what takes long: know before that `path` can be written after.
+
+    Raises:
+        ConfigError: it is a folder, or is in none that can be written to.
+    """
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder; name a file, e.g. {path / 'result'}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write {path}: folder {path.parent} is not yours to write to; name another")
 
 
 def _umask() -> int:

@@ -12,15 +12,19 @@ import torch
 
 from ospnext import atomic
 from ospnext.bench import diffusers_twin, floor, measure, parts, report, rows, variants, weights
+from ospnext.bench.device import chosen_device
 from ospnext.bench.measure import Timing
 from ospnext.bench.rows import Row
 from ospnext.bench.session import Session
 from ospnext.bench.variants import VARIANTS, Variant
+from ospnext.bench.versions import versions
 from ospnext.bench.workload import PRESETS, workload
 from ospnext.cli import main
+from ospnext.errors import ConfigError
 from ospnext.models import TransformerConfig
 from ospnext.models.flops import forward_flops
-from ospnext.ops import HiF8Recipe
+from ospnext.ops import HiF8Recipe, use_backend
+from ospnext.ops.device import Device
 from ospnext.pipelines.compile import OPTIONS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -66,6 +70,9 @@ def test_a_shorter_model_keeps_the_pattern(layers, full):
         (["--variants", "osp,osp"], "name each variant once"),
         (["--repeats", "0"], "--repeats 0: at least one forward must be timed"),
         (["--json", "no/such/folder/a.json"], "there is no folder no/such/folder"),
+        (["--out", "/"], "cannot write /: it is a folder"),
+        (["--device", "foo"], "--device 'foo' is no device; devices here: "),
+        (["--device", "cpu:7"], "--device cpu:7: there is no such device here; devices here: cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -73,6 +80,46 @@ def test_a_wrong_word_is_named_before_anything_runs(options, said, capsys, monke
     monkeypatch.setattr(Session, "rows", lambda self: pytest.fail("it ran"))
     assert main(["bench", "model", *SIZE, *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Session, "rows", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: path != tmp_path)
+    assert main(["bench", "model", *SIZE, "--out", str(tmp_path / "a.md")]) == 2
+    assert f"folder {tmp_path} is not yours to write to" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """An accelerator with two cards; the indices that were made current."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    return current
+
+
+def test_a_card_that_is_named_becomes_the_current_one(two_cards):
+    assert chosen_device("cuda:1", CPU) == torch.device("cuda", 1)
+    assert two_cards == [1]
+    assert chosen_device("cuda", CPU) == torch.device("cuda")
+    assert chosen_device(None, CPU) == chosen_device("cpu", CPU) == CPU
+    assert two_cards == [1]
+
+
+@pytest.mark.parametrize("asked", ["cuda:2", "xpu", "xpu:0", "meta"])
+def test_a_card_that_is_not_there_is_refused_with_those_that_are(two_cards, asked):
+    with pytest.raises(ConfigError, match=f"--device {asked}: there is no such .*: cpu, cuda:0, cuda:1. Give one of"):
+        chosen_device(asked, CPU)
+    assert two_cards == []
+
+
+def test_versions_name_the_card_that_was_asked_for(two_cards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    with use_backend("reference"):
+        assert versions(torch.device("cuda", 1))["device_name"] == "card 1"
+        assert versions(CPU)["device_name"] not in ("", None)
 
 
 # ---- floors
@@ -210,6 +257,33 @@ def test_no_branch_of_the_random_model_is_switched_off():
     assert out.std() > 0.1
 
 
+def test_weights_take_what_is_said_before():
+    config = PRESETS["tiny"]
+    for dtype in (torch.bfloat16, torch.float32):
+        state = weights.random_state(config, CPU, dtype)
+        assert weights.state_bytes(config, dtype) == sum(tensor.nbytes for tensor in state.values())
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_drawn(capsys, monkeypatch):
+    wanted = weights.state_bytes(variants.dense(PRESETS["tiny"]))
+    monkeypatch.setattr("ospnext.bench.session.random_state", lambda *given: pytest.fail("drawn"))
+    monkeypatch.setattr(Device, "free_memory", lambda self: wanted - 1)
+    assert main(["bench", "model", *SIZE]) == 2
+    said = capsys.readouterr().err
+    assert "the weights of tiny with 8 layers take" in said
+    assert "GiB free; give fewer --layers, or a smaller --preset" in said
+
+
+def test_memory_that_fits_or_is_unknown_is_no_reason_to_refuse(monkeypatch):
+    wanted = weights.state_bytes(variants.dense(PRESETS["tiny"]))
+    lines: list[str] = []
+    session = Session(CPU, (workload("tiny", "64x96", frames=5),), (), tell=lines.append)
+    for free in (wanted, None):
+        monkeypatch.setattr(Device, "free_memory", lambda self, free=free: free)
+        assert list(session.rows()) == []
+    assert lines == [f"drawing {wanted / 2**30:.1f} GiB of weights on cpu"] * 2
+
+
 def test_weights_that_wait_for_other_variants_are_not_in_the_peak():
     from ospnext.bench.session import _parked
 
@@ -290,6 +364,15 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     found = bench(tmp_path, "--backend", "reference", "--variants", ",".join(VARIANTS))
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["backend"] == "reference"
+    assert found["versions"]["settings"] == {
+        "preset": "tiny",
+        "resolution": "64x96",
+        "frames": 5,
+        "variants": ",".join(VARIANTS),
+        "compile": "off",
+        "repeats": 1,
+        "backend": "reference",
+    }
     by_name = {r["variant"]: r for r in found["rows"]}
     assert list(by_name) == list(VARIANTS)
     for name, r in by_name.items():
@@ -314,6 +397,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert text.strip() == (tmp_path / "bench.md").read_text().strip()
     assert "dense reaches" in text
     assert "reference.hif8" in text
+    assert "Made by `ospnext bench model --preset tiny --resolution 64x96 --frames 5 --variants dense,osp," in text
 
 
 def test_a_variant_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch):
@@ -373,6 +457,16 @@ def test_compiled_blocks_are_traced_once_per_kind(tmp_path, monkeypatch):
     found = bench(tmp_path, "--variants", "dense,osp", "--compile", "blocks")
     assert [r["error"] for r in found["rows"]] == [None, None]
     assert {r["compile"] for r in found["rows"]} == {"blocks"}
+
+
+def test_one_graph_has_no_parts(tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIONS["max"], "backend", "aot_eager")
+    monkeypatch.setitem(OPTIONS["max"], "mode", None)
+    (found,) = bench(tmp_path, "--variants", "dense", "--layers", "2", "--compile", "max")["rows"]
+    assert found["error"] is None
+    assert found["remark"] == "no parts: compiled as one graph, its kernels belong to no operator"
+    assert found["parts"] == {} and found["floors"].keys() == set(parts.PARTS) - {"other"}
+    assert "| linear |" not in (tmp_path / "bench.md").read_text()
 
 
 # ---- against diffusers

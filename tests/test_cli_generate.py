@@ -37,6 +37,7 @@ class FakePipeline:
     def __init__(self, on_call=lambda n: None):
         self.schedule, self.solver = FlowMatchSchedule(), "unipc"
         self.calls, self.on_call = [], on_call
+        self.decided = {"batched": False, "tiled": False}
 
     def set_progress_bar_config(self, **options):
         self.bar = options
@@ -250,7 +251,7 @@ def test_a_run_passes_on_every_setting_and_records_it(fake, prompts, tmp_path, c
         # Two steps with shift 5: sigmas 1, 5 * 0.5 / (1 + 4 * 0.5) and 0, as little-endian fp32.
         assert row["sigmas_sha256"] == hashlib.sha256(np.array([1, 2.5 / 3, 0], "<f4").tobytes()).hexdigest()
         assert row["backend"]["device"] == "cpu"
-        assert row["execution"] == {"compile": "off", "batched_guidance": "auto", "vae_tiling": "on"}
+        assert row["execution"] == {"compile": "off", "batched_guidance": "auto", "vae_tiling": "on", **fake.decided}
     assert fake.calls[0]["negative_prompt"] == ""
     assert fake.calls[1]["negative_prompt"].startswith("色调艳丽")
     lines = capsys.readouterr().out.splitlines()

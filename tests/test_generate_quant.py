@@ -187,6 +187,13 @@ def test_a_video_from_the_command_line_is_what_the_pipeline_makes(tmp_path, chec
     assert generate(*settings, "quant=hif8", "quant_attn=hif8", other, "--resume") == 2
     assert "quant_policy was " in capsys.readouterr().err
 
+    manifest = out / "manifest.jsonl"  # of a version that did not know attention_blocks
+    manifest.write_text(manifest.read_text().replace(', "attention_blocks": null', ""))
+    assert "attention_blocks" not in read_manifest(out)["video_0.mp4"]["quant_policy"]
+    assert generate(*settings, "quant=hif8", "quant_attn=hif8", "--resume") == 0
+    other = "quant_policy.attention_blocks=3"
+    assert generate(*settings, "quant=hif8", "quant_attn=hif8", other, "--resume") == 2
+
 
 # ---- the plan
 

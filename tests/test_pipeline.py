@@ -272,6 +272,53 @@ def test_batched_guidance_replaces_both_prompts(sparse, monkeypatch):
     torch.testing.assert_close(*found, rtol=0, atol=TWO_FP32_RUNS * found[1].abs().max().item())
 
 
+@pytest.mark.parametrize("batched", ["on", "off"])
+def test_a_callback_may_end_guidance_and_begin_it_again(sparse, monkeypatch, batched):
+    """The unguided step is that of a run without guidance: a step of Euler's method knows nothing of those before."""
+    monkeypatch.setattr(sparse, "batched_guidance", batched)
+    monkeypatch.setattr(sparse, "solver", "euler")
+    embeds, negative = sparse.encode_prompt(PROMPTS[0], NEGATIVE)
+    request = {**SIZE, "prompt_embeds": embeds, "num_inference_steps": 3, "output_type": "latent"}
+    seen = {}
+
+    def callback(changes):
+        def on_step_end(pipe, i, t, given):
+            seen[i] = given["latents"]
+            return changes.get(i, {})
+
+        return {"callback_on_step_end": on_step_end, "generator": seeded()}
+
+    off, on = {"negative_prompt_embeds": None}, {"negative_prompt_embeds": negative}
+    guided = sparse(**request, **on, **callback({})).frames
+    guided_first = seen[0]
+    sizes = []
+    forward = sparse.transformer.forward
+    monkeypatch.setattr(sparse.transformer, "forward", lambda x, *args: sizes.append(len(x)) or forward(x, *args))
+    found = sparse(**request, **on, **callback({0: off, 1: on})).frames
+    assert sizes == ([2, 1, 2] if batched == "on" else [1] * 5)
+    assert torch.equal(seen[0], guided_first) and not torch.equal(found, guided)
+    middle = seen[1]
+    # Without guidance, from the same latents, the second step is the same.
+    steps = []
+
+    def alone(pipe, i, t, given):
+        steps.append(given["latents"])
+        return {"latents": guided_first} if i == 0 else {}
+
+    sparse(**request, guidance_scale=1.0, generator=seeded(), callback_on_step_end=alone)
+    assert torch.equal(steps[1], middle)
+    with pytest.raises(ConfigError, match="prompt_embeds must be a tensor, but a callback made it None"):
+        sparse(**request, **on, **callback({0: {"prompt_embeds": None}}))
+
+
+def test_what_was_decided_is_known(sparse, monkeypatch):
+    for setting in ("on", "off"):
+        monkeypatch.setattr(sparse, "batched_guidance", setting)
+        monkeypatch.setattr(sparse, "vae_tiling", setting)
+        sparse(PROMPTS[0], **SIZE, num_inference_steps=1)
+        assert sparse.decided == {"batched": setting == "on", "tiled": setting == "on"}
+
+
 @pytest.mark.parametrize("name", ["batched_guidance", "vae_tiling", "compile"])
 def test_an_unknown_way_to_run_lists_the_known(checkpoint, sparse, monkeypatch, name):
     expected = "off, blocks, max; got 'fast'" if name == "compile" else "auto, on, off; got 'fast'"

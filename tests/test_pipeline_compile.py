@@ -141,15 +141,63 @@ def test_many_sizes_neither_fail_nor_fill_memory(counter, monkeypatch):
     assert forgotten == [1]
 
 
-def test_off_undoes_it(counter):
+def test_undo(counter):
     model = small(sparse(SMALL.replace(num_layers=2), num_full_blocks=0))
     for mode in ("blocks", "max"):
-        CompiledTransformer(model, mode)
-        run = CompiledTransformer(model, "off")
-        compare(model, run, EVEN, seeds=(0,))
+        CompiledTransformer(model, mode).undo()
+        compare(model, CompiledTransformer(model, "off"), EVEN, seeds=(0,))
     assert counter.frame_count == 0
     with pytest.raises(ConfigError, match="compile must be one of off, blocks, max; got 'default'"):
         CompiledTransformer(model, "default")
+
+
+@pytest.mark.parametrize("mode", ["blocks", "max"])
+def test_only_ones_own_compilation_is_undone(counter, mode):
+    model = small(sparse(SMALL.replace(num_layers=2, in_dim=4, out_dim=4), num_full_blocks=0))
+    modules = [model] if mode == "max" else list(model.blocks)
+    first = OSPNextPipeline(model, None, None, compile=mode)
+    second = OSPNextPipeline(model, None, None)
+    second.compile = "off"
+    assert all(module._compiled_call_impl is not None for module in modules)
+    second.compile = mode  # over that of the first, which is no longer there to be undone
+    first.compile = "off"
+    assert all(module._compiled_call_impl is not None for module in modules)
+    second.compile = "off"
+    assert all(module._compiled_call_impl is None for module in (model, *model.blocks))
+
+
+@pytest.mark.parametrize("mode", ["off", "blocks", "max"])
+def test_another_transformer_may_be_assigned(counter, mode):
+    config = sparse(SMALL.replace(num_layers=2, in_dim=4, out_dim=4), num_full_blocks=0)
+    one, other = (random_model(config, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    text = torch.randn(2, 1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0))
+
+    def latents(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            prompt_embeds=text[0], negative_prompt_embeds=text[1], height=64, width=80, num_frames=5,
+            num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
+        ).frames  # fmt: skip
+
+    pipe = OSPNextPipeline(one, None, None, compile=mode)
+    before = latents(pipe)
+    pipe.transformer = other
+    found = latents(pipe)
+    compiled = {"off": [], "blocks": list(other.blocks), "max": [other]}[mode]
+    assert [m for m in (other, *other.blocks) if m._compiled_call_impl is not None] == compiled
+    assert all(m._compiled_call_impl is None for m in (one, *one.blocks))
+    assert relative_error(found, before) > 0.01
+    pipe.compile = "off"
+    assert relative_error(found, latents(OSPNextPipeline(other, None, None))) <= 4 * BOUND
+
+
+def test_a_result_is_its_own_even_if_another_compiled_the_transformer(counter):
+    model = small(sparse(SMALL.replace(num_layers=2), num_full_blocks=0))
+    CompiledTransformer(model, "max")
+    run, memory = CompiledTransformer(model, "off"), torch.empty(1, 3, 2, 10, 14)
+    model._compiled_call_impl = lambda x, t, context: memory.fill_(t.item())
+    first, second = (run(memory, torch.tensor([t]), None) for t in (1.0, 2.0))
+    assert (first == 1).all() and (second == 2).all()
 
 
 @pytest.mark.parametrize("mode", ["blocks", "max"])
@@ -189,7 +237,7 @@ def test_the_options_as_they_are_compile(mode):
     with torch.no_grad():
         found = run(latents, timestep, model.encode_text(text))
         expected = random_model(model.config)(latents.double(), timestep, text.double())
-        CompiledTransformer(model, "off")
+        run.undo()
         eager = model(latents, timestep, text)
     torch._dynamo.reset()
     # As far from the fp64 model as the eager one is, times 4.

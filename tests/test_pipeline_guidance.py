@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from small_models import SMALL, random_inputs, random_model
 
 from ospnext.diffusion import batches_branches
@@ -23,9 +26,10 @@ FITTING = {"block_flops": LAUNCH_BOUND_FLOPS / 2, "activations": 10, "free": 10,
         ({}, True),
         ({"block_flops": LAUNCH_BOUND_FLOPS}, False),
         ({"free": 9}, False),
+        ({"free": None}, False),
         ({"scales_span_batch": True}, False),
     ],
-    ids=["few", "many", "full", "shared-scales"],
+    ids=["few", "many", "full", "unknown", "shared-scales"],
 )
 def test_the_rule(change, expected):
     assert batches_branches("auto", **FITTING | change) is expected
@@ -65,5 +69,18 @@ def test_scales_of_a_tensor_are_shared_by_a_batch(policy, store, shared, monkeyp
     latents, *_ = random_inputs(model.config, (1, 2, 2))
     assert batched("auto", model, latents) is not shared
     assert batched("on", model, latents)
-    monkeypatch.setattr(Device, "free_memory", lambda self: 1000)
-    assert not batched("auto", model, latents)
+    for free in (1000, None):
+        monkeypatch.setattr(Device, "free_memory", lambda self, free=free: free)
+        assert not batched("auto", model, latents)
+
+
+def test_free_memory_may_be_unknown(monkeypatch):
+    """PyTorch has no mem_get_info for some devices, and no /proc/meminfo is there on some systems."""
+    device = Device("cpu")
+    assert device.free_memory() > 0
+    monkeypatch.setattr("ospnext.ops.device._ram", lambda field: 0)
+    assert device.free_memory() is None
+    device.device, device._module = torch.device("mps"), SimpleNamespace()
+    assert device.free_memory() is None
+    device._module = SimpleNamespace(mem_get_info=lambda device: (3, 4))
+    assert device.free_memory() == 3

@@ -245,15 +245,25 @@ def test_the_versions_are_those_of_the_packages_that_kernels_require():
     assert {"ospnext", "PyYAML"} == versions.keys()
 
 
+def test_and_of_the_packages_that_compile_them():
+    kernel = dataclasses.replace(fake.kernel("acme.a"), compiled_by=("numpy", "no-such-package"))
+    versions = tuning.machine_of("acme", Registry([fake.backend("acme", kernel)])).versions
+    assert {"ospnext", "numpy"} == versions.keys()
+
+
 # ---- the command
 
 TINY = ["tune", "--preset", "tiny", "--resolution", "48x80", "--frames", "5", "--dtype", "fp32", "--repeats", "1"]
 
 
-def requests(*words: str) -> list[tune.Timed]:
+def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
-    return list(tune._requests(parser.parse_args(words), list(tune.OPERATORS), torch.float32, torch.device("cpu")))
+    return parser.parse_args(words)
+
+
+def requests(*words: str) -> list[tune.Timed]:
+    return list(tune._requests(arguments(*words), list(tune.OPERATORS), torch.float32, torch.device("cpu")))
 
 
 @contextmanager
@@ -320,6 +330,30 @@ def test_a_file_from_the_command_is_used_as_it_says(tmp_path, capsys, monkeypatc
     assert f"first by tuning file {out} (0.5 ms against 0.75 ms of reference.sdpa)" in explained
 
 
+def test_an_interruption_keeps_what_was_timed(tmp_path, monkeypatch):
+    out, timed = tmp_path / "tuning.json", tune._rows
+
+    def rows(request, *rest):
+        if out.exists():
+            raise KeyboardInterrupt
+        return timed(request, *rest)
+
+    monkeypatch.setattr(tune, "_rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(arguments(*TINY[1:], "--operators", "attention", "--out", str(out)))
+    assert len(json.loads(out.read_text())["milliseconds"]) == 1
+
+
+def test_times_of_another_card_than_the_first_are_refused(monkeypatch, capsys):
+    """Selection asks what the first card can do, and a file is refused by its name."""
+    monkeypatch.setattr("ospnext.bench.device.device_name", lambda device: "another card")
+    with use_registry(KNOWN):
+        assert main([*TINY, "--device", "cpu:0"]) == 2
+    said = capsys.readouterr()
+    assert "--device cpu:0 is 'another card', but backend 'acme' decides for its first card" in said.err
+    assert not said.out
+
+
 class Sleeping(fake.Constant):
     """Takes as long as its name says, and says when it runs on all rows."""
 
@@ -367,6 +401,8 @@ def test_a_limit_leaves_out_what_takes_too_long(capsys, monkeypatch):
         (["--resolution", "719p"], "unknown resolution '719p'"),
         (["--resolution", ","], "names none"),
         (["--out", "no/such/folder/file.json"], "no folder"),
+        (["--out", "/"], "it is a folder"),
+        (["--device", "foo"], "--device 'foo' is no device; devices here: "),
         (["--repeats", "0"], "above 0"),
     ],
 )

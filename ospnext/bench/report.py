@@ -17,7 +17,7 @@ def document(rows: Sequence[Row], versions: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Row], versions: dict[str, Any]) -> str:
-    lines = ["# One denoising forward", "", _where(versions), ""]
+    lines = ["# One denoising forward", "", _where(versions), "", *_made_by(versions)]
     for work in dict.fromkeys(row.work for row in rows):
         lines += _workload(work, [row for row in rows if row.work == work])
     return "\n".join(lines)
@@ -33,9 +33,18 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _where(versions: dict[str, Any]) -> str:
-    shown = {key: value for key, value in versions.items() if key not in ("packages", "device_name", "policy")}
+    shown = {
+        key: value for key, value in versions.items() if key not in ("packages", "device_name", "policy", "settings")
+    }
     shown |= versions.get("packages", {})
     return f"{versions.get('device_name', versions['device'])}; " + ", ".join(f"{k} {v}" for k, v in shown.items())
+
+
+def _made_by(versions: dict[str, Any]) -> list[str]:
+    if "settings" not in versions:
+        return []
+    options = " ".join(f"--{name} {value}" for name, value in versions["settings"].items())
+    return [f"Made by `ospnext bench model {options}`.", ""]
 
 
 def _workload(work: Workload, rows: list[Row]) -> Iterator[str]:

@@ -18,8 +18,9 @@ from ospnext.bench.measure import release, timed
 from ospnext.bench.parts import profiled
 from ospnext.bench.rows import DENSE, DIFFUSERS, Row, with_parts
 from ospnext.bench.variants import Variant, dense
-from ospnext.bench.weights import Inputs, random_inputs, random_state
+from ospnext.bench.weights import Inputs, random_inputs, random_state, state_bytes
 from ospnext.bench.workload import Workload
+from ospnext.errors import ConfigError
 from ospnext.models import OSPNextTransformer
 from ospnext.models.flops import forward_flops
 from ospnext.models.layers import Block
@@ -30,6 +31,8 @@ State = dict[str, Tensor]
 
 #: Profiled runs at most, for one whose time is that of the others.
 PROFILES = 2
+#: Why a forward under `--compile max` has no parts.
+ONE_GRAPH = "no parts: compiled as one graph, its kernels belong to no operator"
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Session:
 
     @torch.no_grad()
     def rows(self) -> Iterator[Row]:
-        state = random_state(dense(self.workloads[0].config), self.device)
+        state = self._weights()
         for work in self.workloads:
             inputs, outputs = random_inputs(work, self.device), dict[str, Tensor]()
             for variant in self.variants:
@@ -59,6 +62,19 @@ class Session:
             if self.against_diffusers:
                 self.tell(f"{work}: {DIFFUSERS}")
                 yield self._attempt(work, DIFFUSERS, "model", self._diffusers, state, inputs, outputs)
+
+    def _weights(self) -> State:
+        """Those of all variants. A device that is too small is refused before: a host would start to swap."""
+        work, surface = self.workloads[0], Device(self.device)
+        config, free = dense(work.config), surface.free_memory()
+        wanted = state_bytes(config)
+        if free is not None and wanted > free:
+            raise ConfigError(
+                f"the weights of {work.preset} with {config.num_layers} layers take {wanted / 2**30:.1f} GiB, and "
+                f"{self.device} has {free / 2**30:.1f} GiB free; give fewer --layers, or a smaller --preset"
+            )
+        self.tell(f"drawing {wanted / 2**30:.1f} GiB of weights on {self.device}")
+        return random_state(config, self.device)
 
     def _attempt(self, work: Workload, name: str, compiling: str, measure: Callable[..., Row], *rest: Any) -> Row:
         """A row in any case: a variant that does not fit, or that nothing here can run, does not end the others."""
@@ -91,10 +107,15 @@ class Session:
         flops = forward_flops(model.config, work.grid)
         row = Row(**timed_row, tflop=(flops.total - flops.text) / 1e12, kernels=kernels)
         try:
-            row = with_parts(row, self._profiled(forward, row.milliseconds), is_cpu=Device(self.device).is_cpu)
+            row = self._with_parts(row, forward)
             return replace(row, floors=floors(work, model, variant, self.ceilings))
         except Exception as error:  # the times took longer than all of this: they are kept
             return replace(row, error=f"times only: {_said(error)}")
+
+    def _with_parts(self, row: Row, forward: Callable[[], Tensor]) -> Row:
+        if self.compile == "max":
+            return replace(row, remark=ONE_GRAPH)
+        return with_parts(row, self._profiled(forward, row.milliseconds), is_cpu=Device(self.device).is_cpu)
 
     def _profiled(self, forward: Callable[[], Tensor], milliseconds: float | None) -> dict[str, float]:
         """Of the run that took most nearly as long as those without a profiler: clocks do not always stay."""
@@ -179,7 +200,7 @@ def _attention_floor(work: Workload, model: OSPNextTransformer, ceilings: Ceilin
 
 def _parked(state: State, model: nn.Module) -> int:
     """Bytes of the shared weights that this variant does not use: they are there for the others."""
-    used = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    used = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in state.values() if tensor.data_ptr() not in used)
 
 

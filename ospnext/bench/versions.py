@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 import torch
 
+from ospnext.bench.device import device_name
+from ospnext.ops import tuning
 from ospnext.ops.policy import AUTO, current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import auto_backend
@@ -30,14 +31,6 @@ def versions(device: torch.device) -> dict[str, Any]:
         return found
     info = known.probe(backend).device
     if info is not None:
-        found |= {"device_name": info.name, **info.versions}
-    modules = {module for i in known.manifests[backend].implementations for module in i.requires}
-    found["packages"] = _installed({module.partition(".")[0] for module in modules} | {"diffusers"})
+        found |= {"device_name": device_name(device) or info.name, **info.versions}
+    found["packages"] = tuning.package_versions(known.manifests[backend], more=("diffusers",))
     return found
-
-
-def _installed(modules: set[str]) -> dict[str, str]:
-    """Distribution -> version, of those that bring any of these top-level modules."""
-    brought_by = importlib.metadata.packages_distributions()
-    names = sorted({name for module in modules for name in brought_by.get(module, ())})
-    return {name: importlib.metadata.version(name) for name in names}

@@ -41,6 +41,13 @@ def random_state(
     return _drawn(model.state_dict(), device, dtype, seed)
 
 
+def state_bytes(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Memory that `random_state` takes."""
+    with torch.device("meta"):
+        state = OSPNextTransformer(config).state_dict()
+    return sum(tensor.numel() * parameter_dtype(name, dtype).itemsize for name, tensor in state.items())
+
+
 @torch.no_grad()
 def random_block(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0

@@ -53,10 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    import torch
-
     from ospnext import atomic
     from ospnext.bench import report, variants
+    from ospnext.bench.device import chosen_device
     from ospnext.bench.rows import Row
     from ospnext.bench.session import Session
     from ospnext.bench.versions import versions
@@ -67,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats}: at least one forward must be timed")
     for path in filter(None, (args.json, args.out)):
-        if not path.parent.is_dir():
-            raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
+        atomic.check_writable(path)
     if args.against == "diffusers":
         require("diffusers", extra="t2v")
     sizes = [word.strip() for word in args.resolution.split(",") if word.strip()]
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if not works:
         raise ConfigError(f"--resolution {args.resolution!r} names none")
     with chosen_backend(args.backend) as default:
-        device = torch.device(args.device) if args.device else default
+        device = chosen_device(args.device, default)
         session = Session(
             device,
             works,
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             against_diffusers=args.against == "diffusers",
             tell=(lambda line: None) if args.quiet else lambda line: print(line, file=sys.stderr, flush=True),
         )
-        found, rows = versions(device), list[Row]()
+        found, rows = versions(device) | {"settings": _settings(args)}, list[Row]()
         for row in session.rows():
             rows.append(row)
             if args.json:
@@ -95,3 +93,20 @@ def run(args: argparse.Namespace) -> int:
                 atomic.write_text(args.out, report.markdown(rows, found))
     print(report.markdown(rows, found))
     return 1 if any(row.error for row in rows) else 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str | int]:
+    """What the result depends on, by option, so that a file says how it was made."""
+    names = (
+        "preset",
+        "resolution",
+        "frames",
+        "layers",
+        "variants",
+        "compile",
+        "against",
+        "repeats",
+        "backend",
+        "device",
+    )
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -44,7 +44,7 @@ names are a list or text with commas:
 
 compile=blocks compiles the transformer's blocks at the first video of each size (seconds), compile=max all of it
 (minutes). sampling.batched_guidance and vae.tiling are decided by size and memory unless they are on or off; --dry-run
-says how. These three change a video by roundings only, and --resume may change them."""
+says how. Tiling changes pixels near seams, the others mostly roundings; --resume may change all three."""
 
 OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name
 _SETTING = re.compile(r"([a-z_]+)(\.[a-z_]+)*=")

@@ -77,12 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=float, default=30.0, metavar="SECONDS", help="leave out what takes longer a call (default: 30)"
     )
     parser.add_argument("--backend", metavar="NAME", help="wins over OSPNEXT_BACKEND")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the times here, in place of what is there")
+    parser.add_argument("--device", help="device to run on, e.g. a second card (default: the backend's first)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the times here, after each request, in place of what is there"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from ospnext.bench.device import chosen_device, device_name
     from ospnext.ops import tuning, use_backend
     from ospnext.ops.contracts import CONTRACTS
     from ospnext.ops.device import default_device
@@ -93,34 +97,45 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     operators = _listed("--operators", args.operators, OPERATORS)
     with use_backend(args.backend, ops={}, fallback=(), tuning="") as policy:
-        device, dtype = default_device(), getattr(torch, DTYPES[args.dtype])
+        device, dtype = chosen_device(args.device, default_device()), getattr(torch, DTYPES[args.dtype])
         backend = auto_backend(device.type, registry()) if policy.backend == AUTO else policy.backend
         machine = tuning.machine_of(backend, registry()) if backend else None
         if machine is None:
             raise ConfigError("no backend can run here, so that there is nothing to time; `ospnext doctor` says why")
+        if device.index is not None and (device_name(device) or machine.device) != machine.device:
+            raise ConfigError(
+                f"--device {device} is {device_name(device)!r}, but backend {machine.backend!r} decides for its first "
+                f"card, {machine.device!r}, for which the times would not hold; make {device} the only one visible"
+            )
         requests = list(_requests(args, operators, dtype, device))
         print(f"{machine.device} ({machine.backend}); {_versions(machine.versions)}", flush=True)
-        found: dict[str, dict[str, float]] = {}
+        asked: set[str] = set()
+        times: dict[str, dict[str, float]] = {}
         for timed in requests:
             key = tuning.request_key(CONTRACTS[timed.contract], timed.request)
-            if key in found:
+            if key in asked:
                 continue
+            asked.add(key)
             print(f"\n{timed.title}", flush=True)
             rows = list(_rows(timed, device, args.repeats, args.limit))
             print("\n".join(_table(rows)), flush=True)
-            found[key] = {row.id: round(row.milliseconds, 4) for row in rows if row.milliseconds is not None}
-    times = {key: of_key for key, of_key in found.items() if of_key}
+            found = {row.id: round(row.milliseconds, 4) for row in rows if row.milliseconds is not None}
+            if found:
+                times[key] = found
+                if args.out:
+                    tuning.save(args.out, machine, times)
     if args.out and times:
-        tuning.save(args.out, machine, times)
         print(f"\nwrote {args.out}; OSPNEXT_TUNING={args.out} makes use of it")
     return 0 if times else 1
 
 
 def _check(args: argparse.Namespace) -> None:
+    from ospnext import atomic
+
     if args.repeats < 1 or args.limit <= 0:
         raise ConfigError(f"--repeats {args.repeats} and --limit {args.limit:g} must be above 0")
-    if args.out and not args.out.parent.is_dir():
-        raise ConfigError(f"cannot write {args.out}: there is no folder {args.out.parent}")
+    if args.out:
+        atomic.check_writable(args.out)
 
 
 def _listed(option: str, text: str, known: tuple[str, ...]) -> list[str]:

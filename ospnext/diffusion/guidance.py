@@ -14,7 +14,7 @@ from ospnext.errors import ConfigError
 BatchedGuidance = Literal["auto", "on", "off"]
 
 #: Operations of a block below which a device waits for the host: the thirty or so kernels of a block take about half a
-#: millisecond to launch, in which an H100 does 2e11 operations. An estimate, on the small side.
+#: millisecond to launch, in which a device that does 4e14 operations a second does 2e11. An estimate, for any device.
 LAUNCH_BOUND_FLOPS = 2e11
 
 
@@ -27,23 +27,25 @@ def needs_guidance(guidance_scale: float) -> bool:
 
 
 def batches_branches(
-    setting: BatchedGuidance, *, block_flops: float, activations: int, free: int, scales_span_batch: bool
+    setting: BatchedGuidance, *, block_flops: float, activations: int, free: int | None, scales_span_batch: bool
 ) -> bool:
     """Whether the two branches share a forward.
 
     "auto" batches them where that saves time and changes nothing but roundings: a block of one branch has so few
-    operations that the device would wait for launches, the activations of both fit, and no scale would be shared.
+    operations that the device would wait for launches, the activations of both are known to fit, and no scale would be
+    shared.
 
     Args:
         block_flops: operations of a block for all videos of one branch.
-        activations: bytes that a forward of both branches needs; free: bytes that there are.
+        activations: bytes that a forward of both branches needs; free: bytes that there are, None if unknown.
         scales_span_batch: some HiFloat8 scale is that of a whole tensor, so that the branches would change each other.
     """
     if setting not in get_args(BatchedGuidance):
         raise ConfigError(f"batched_guidance must be one of {', '.join(get_args(BatchedGuidance))}; got {setting!r}")
     if setting != "auto":
         return setting == "on"
-    return block_flops < LAUNCH_BOUND_FLOPS and activations <= free and not scales_span_batch
+    fits = free is not None and activations <= free
+    return block_flops < LAUNCH_BOUND_FLOPS and fits and not scales_span_batch
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, guidance_scale: float) -> Tensor:

@@ -36,14 +36,14 @@ ACTIVATIONS, DECODE = "activations", "VAE decode"
 
 @dataclass(frozen=True)
 class Known:
-    """What is the same for all sizes; `free` is the device's memory now, in bytes."""
+    """What is the same for all sizes; `free` is the device's memory now, in bytes, None if unknown."""
 
     config: GenerateConfig
     report: LoadReport
     quantization: Quantization
     policy: QuantPolicy | None
     device: torch.device
-    free: int
+    free: int | None
 
     @property
     def branches(self) -> int:
@@ -81,7 +81,8 @@ def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
         "text keys and values": text_bytes(config, dtype, known.branches),
         "rotary and index tables": layout_bytes(config, grid, dtype),
     }
-    left = known.free - sum(amount for name, amount in staying.items() if name != WHILE_LOADING)
+    kept = sum(amount for name, amount in staying.items() if name != WHILE_LOADING)
+    left = None if known.free is None else known.free - kept
     batched = known.branches > 1 and _batched(known, grid, left)
     activations = _activations(known, grid, batched)
     decode, tiled = _decode(known, layout.vae, grid, left)
@@ -106,7 +107,7 @@ def _file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
 
 
-def _batched(known: Known, grid: Grid, free: int) -> bool:
+def _batched(known: Known, grid: Grid, free: int | None) -> bool:
     """As the pipeline decides it once the weights are there."""
     config, dtype, found = known.report.config, known.report.dtype, known.quantization
     per_tensor = any(recipe.granularity == "tensor" for recipe in found.linears.values())
@@ -149,7 +150,7 @@ def fused_operators(
     return found
 
 
-def _decode(known: Known, vae: Path, grid: Grid, free: int) -> tuple[int, bool]:
+def _decode(known: Known, vae: Path, grid: Grid, free: int | None) -> tuple[int, bool]:
     """(bytes, whether in tiles) of a decode, as the pipeline decides it once sampling is done."""
     config = read_json(vae / "config.json") if vae.is_dir() else {}  # an official file holds Wan's own, the default
     _, patch_h, patch_w = known.report.config.patch_size

@@ -68,7 +68,7 @@ class Plan:
     checkpoint: LoadReport
     device: torch.device
     policy: str
-    free_memory: int
+    free_memory: int | None
     rate: float
     sizes: tuple[SizePlan, ...]
     quant: QuantPolicy | None = None
@@ -81,14 +81,19 @@ class Plan:
             lines += ["", *_size_lines(size)]
         total = sum(size.total_tflops for size in self.sizes)
         need = max(size.peak_memory for size in self.sizes)
-        verdict = "fits" if need <= self.free_memory else "does NOT fit"
         lines += [
             "",
             f"time     at least {_duration(total * 1e12 / self.rate)}: {total:.4g} TFLOP in the transformer, at the "
             f"{self.rate / 1e12:.3g} TFLOP/s a matrix product reaches here now",
-            f"memory   about {_gib(need)} at the peak, {_gib(self.free_memory)} free on {self.device}: {verdict}",
+            f"memory   about {_gib(need)} at the peak, {_verdict(need, self.free_memory, self.device)}",
         ]
         return "\n".join(lines)
+
+
+def _verdict(need: int, free: int | None, device: torch.device) -> str:
+    if free is None:
+        return f"free on {device}: unknown"
+    return f"{_gib(free)} free on {device}: {'fits' if need <= free else 'does NOT fit'}"
 
 
 def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:

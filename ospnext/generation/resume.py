@@ -35,9 +35,16 @@ def _require_same(path: Path, entry: dict[str, Any] | None, settings: dict[str, 
     advice = "delete the file to make it again, or choose another --output"
     if entry is None:
         raise ConfigError(f"--resume: {path} exists but the manifest does not know it; {advice}")
-    differing = [key for key, value in settings.items() if key not in entry or entry[key] != value]
+    differing = [key for key, value in settings.items() if key not in entry or not _same(entry[key], value)]
     if differing:
         what = "; ".join(f"{key} was {entry.get(key)!r} and is now {settings[key]!r}" for key in differing)
         raise ConfigError(f"--resume: {path} was made with other settings: {what}. Use those again, {advice}")
     if sha256_of(path) != entry.get("sha256"):
         raise ConfigError(f"--resume: {path} is not the file in the manifest (another sha256); {advice}")
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Equal; a key of a section that an older version did not write yet counts as null, the default."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return dict.fromkeys(now) | was == now
+    return bool(was == now)

@@ -120,7 +120,7 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
             **run.settings(job),
             **_schedule_record(pipeline, job.video, sampling.num_inference_steps),
             "backend": backend_record(device),
-            "execution": _execution_record(run.config),
+            "execution": _execution_record(run.config, pipeline),
             "versions": {"ospnext": __version__, "torch": torch.__version__},
             "seconds": round(time.perf_counter() - started, 3),
             "sha256": sha256_of(unnamed),
@@ -131,12 +131,13 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
     return entry
 
 
-def _execution_record(config: GenerateConfig) -> dict[str, Any]:
-    """Settings that change a video by roundings only: on record, but a resumed run may have others."""
+def _execution_record(config: GenerateConfig, pipeline: OSPNextPipeline) -> dict[str, Any]:
+    """How a video was computed, as asked for and as decided: on record, but a resumed run may have it otherwise."""
     return {
         "compile": config.compile,
         "batched_guidance": config.sampling.batched_guidance,
         "vae_tiling": config.vae.tiling,
+        **pipeline.decided,
     }
 
 

@@ -27,9 +27,12 @@ class Device:
         """Bytes of memory that the device has."""
         return _ram("MemTotal") if self.is_cpu else self._module.get_device_properties(self.device).total_memory
 
-    def free_memory(self) -> int:
-        """Bytes that could be allocated now."""
-        return _ram("MemAvailable") if self.is_cpu else self._module.mem_get_info(self.device)[0]
+    def free_memory(self) -> int | None:
+        """Bytes that could be allocated now; None where that is not known."""
+        if self.is_cpu:
+            return _ram("MemAvailable") or None
+        mem_get_info = getattr(self._module, "mem_get_info", None)
+        return None if mem_get_info is None else mem_get_info(self.device)[0]
 
     def peak_memory(self) -> int:
         """Largest number of bytes in use since the last reset; on a CPU, of the whole process since it started."""

@@ -48,7 +48,8 @@ class Implementation:
     per condition, met or not, and must depend on nothing else. `refusals` holds an example for every code it knows.
     `handles` lists the request features taken into account; any other feature refuses the call. `prefers` lists those
     of them that make it faster, where the caller may choose. `install` says how to get what `requires` names, where
-    that is not `pip install` of the same name."""
+    that is not `pip install` of the same name. `compiled_by` names further distributions on whose versions its speed
+    depends: results and tuning files record them."""
 
     id: str
     contract: str
@@ -60,6 +61,7 @@ class Implementation:
     note: str = ""
     prefers: frozenset[str] = frozenset()
     install: str = ""
+    compiled_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

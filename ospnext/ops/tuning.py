@@ -15,7 +15,7 @@ from typing import Any
 from ospnext.atomic import write_text
 from ospnext.errors import PolicyError
 from ospnext.ops.contract import Contract
-from ospnext.ops.registry import Registry
+from ospnext.ops.registry import Manifest, Registry
 from ospnext.version import __version__
 
 FORMAT = "ospnext tuning 1"
@@ -68,11 +68,24 @@ def machine_of(backend: str, known: Registry) -> Machine | None:
     device = known.probe(backend).device
     if device is None:
         return None
-    modules = {name.partition(".")[0] for i in known.manifests[backend].implementations for name in i.requires}
+    versions = {"ospnext": __version__} | package_versions(known.manifests[backend]) | device.versions
+    return Machine(backend, device.name, versions)
+
+
+def package_versions(manifest: Manifest, more: Iterable[str] = ()) -> dict[str, str]:
+    """Distribution -> version, of what the kernels of a backend require or are compiled by, and of `more`. What is not
+    installed is left out.
+    """
+    modules = {name.partition(".")[0] for i in manifest.implementations for name in i.requires}
     brought_by = importlib.metadata.packages_distributions() if modules else {}
-    packages = sorted({package for module in modules for package in brought_by.get(module, ())})
-    versions = {"ospnext": __version__} | {name: importlib.metadata.version(name) for name in packages}
-    return Machine(backend, device.name, versions | device.versions)
+    names = {package for module in modules for package in brought_by.get(module, ())}
+    found = {}
+    for name in sorted(names.union(more, *(i.compiled_by for i in manifest.implementations))):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def save(path: Path, machine: Machine, requests: Mapping[str, Times]) -> None:

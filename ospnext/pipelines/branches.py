@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ospnext.diffusion import BatchedGuidance, batches_branches, guide
+from ospnext.diffusion import BatchedGuidance, batches_branches, guide, needs_guidance
+from ospnext.errors import ConfigError
 from ospnext.models.attend import Attend
 from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
@@ -23,7 +24,7 @@ Forward = Callable[[Tensor, Tensor, "TextContext"], Tensor]
 
 
 class Branches:
-    """Velocities of one run, with guidance if `text` has negative embeddings.
+    """Velocities of one run, with guidance if `text` has negative embeddings and the scale asks for it.
 
     `forward` is the transformer, perhaps compiled; `batched` says whether both branches share a call of it.
     """
@@ -38,26 +39,31 @@ class Branches:
         batched: bool,
     ) -> None:
         self._transformer, self._forward, self._scale = transformer, forward, guidance_scale
-        self._text = dict(text)
-        self.count = 1 if text["negative_prompt_embeds"] is None else 2
-        self.per_forward = self.count if batched else 1
-        self._contexts = [self._transformer.encode_text(embeds) for embeds in self._inputs()]
+        self._batched = batched
+        self._forwards: list[tuple[Tensor, ...]] = []  # embeddings of the branches of each forward of a step
+        self._contexts: list[TextContext] = []
+        self.replace_text(text)
 
-    def _inputs(self) -> list[Tensor]:
-        """Embeddings of each forward of a step: of both branches, or of one after the other."""
-        embeds = [side for side in self._text.values() if side is not None]
-        return [torch.cat(embeds)] if self.per_forward > 1 else embeds
+    @property
+    def per_forward(self) -> int:
+        """Branches that share a forward."""
+        return len(self._forwards[0])
 
-    def replace_text(self, changed: dict[str, Tensor | None]) -> None:
-        """Compute keys and values of the text again where it is another tensor than before."""
-        before = self._inputs()
-        new = {name: embeds for name, embeds in changed.items() if embeds is not self._text[name]}
-        if not new:
-            return
-        self._text.update(new)
-        for i, embeds in enumerate(self._inputs()):
-            if self.per_forward > 1 or embeds is not before[i]:
-                self._contexts[i] = self._transformer.encode_text(embeds)
+    def replace_text(self, text: dict[str, Tensor | None]) -> None:
+        """Compute keys and values of the text where it is another tensor than before. Guidance ends and begins with
+        the negative embeddings.
+        """
+        positive, negative = text["prompt_embeds"], text["negative_prompt_embeds"]
+        if positive is None:
+            raise ConfigError("prompt_embeds must be a tensor, but a callback made it None; leave it out to keep it")
+        sides = [positive] if negative is None or not needs_guidance(self._scale) else [positive, negative]
+        forwards: list[tuple[Tensor, ...]] = [tuple(sides)] if self._batched else [(side,) for side in sides]
+        known = {_identity(embeds): context for embeds, context in zip(self._forwards, self._contexts, strict=True)}
+        self._contexts = [
+            known[_identity(embeds)] if _identity(embeds) in known else self._transformer.encode_text(torch.cat(embeds))
+            for embeds in forwards
+        ]
+        self._forwards = forwards
 
     def velocity(self, latents_BCTHW: Tensor, timestep: Tensor) -> Tensor:
         """At latents [B, C, T, H, W] and a timestep [] on their device. Nothing here waits for the device."""
@@ -68,6 +74,10 @@ class Branches:
             return guide(v_cond, v_uncond, self._scale)
         v_cond, *others = [self._forward(latents_BCTHW, timestep_B, context) for context in self._contexts]
         return guide(v_cond, others[0], self._scale) if others else v_cond
+
+
+def _identity(embeds: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(map(id, embeds))
 
 
 def batched(setting: BatchedGuidance, transformer: OSPNextTransformer, latents_BCTHW: Tensor) -> bool:

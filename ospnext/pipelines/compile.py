@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ospnext.errors import ConfigError
 
@@ -28,7 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class CompiledTransformer:
-    """A transformer to be called like itself, in one of the modes. It is changed in place: `mode="off"` undoes that.
+    """A transformer to be called like itself, in one of the modes. It is changed in place, and `undo` takes that back.
+
+    The last one to compile a transformer decides for all that share it: "off" leaves it as it finds it.
 
     Raises:
         ConfigError: there is no such mode.
@@ -39,12 +41,23 @@ class CompiledTransformer:
             raise ConfigError(f"compile must be one of {', '.join(get_args(CompileMode))}; got {mode!r}")
         self.transformer, self.mode = transformer, mode
         self._sizes: set[tuple[Grid, int]] = set()
-        for module in (transformer, *transformer.blocks):
-            cast(Any, module)._compiled_call_impl = None
-        if mode != "off":
-            _allow_variants(MAX_SIZES * len(transformer.blocks))
-        for module in _compiled_modules(transformer, mode):
+        self._calls: list[tuple[Any, Any]] = []  # modules, and what they call since they were compiled here
+        if mode == "off":
+            return
+        _allow_variants(MAX_SIZES * len(transformer.blocks))
+        modules: list[Any] = [transformer, *transformer.blocks]
+        for module in modules:
+            module._compiled_call_impl = None
+        for module in modules[:1] if mode == "max" else modules[1:]:
             module.compile(**OPTIONS[mode])
+            self._calls.append((module, module._compiled_call_impl))
+
+    def undo(self) -> None:
+        """Make eager again what was compiled here, unless another has compiled it since."""
+        for module, call in self._calls:
+            if module._compiled_call_impl is call:
+                module._compiled_call_impl = None
+        self._calls.clear()
 
     def prepare(self, latents: Tensor, batch: int) -> None:
         """Before the first call with latents like these: what is constant must be there when it is traced."""
@@ -58,17 +71,11 @@ class CompiledTransformer:
         self._sizes.add(size)
 
     def __call__(self, latents_BCTHW: Tensor, timestep_B: Tensor, text: TextContext) -> Tensor:
-        if self.mode != "max":
+        if cast(Any, self.transformer)._compiled_call_impl is None:
             return self.transformer(latents_BCTHW, timestep_B, text)
         # The next replay of a device graph writes its results where those of this one are.
         torch.compiler.cudagraph_mark_step_begin()
         return self.transformer(latents_BCTHW, timestep_B, text).clone()
-
-
-def _compiled_modules(transformer: OSPNextTransformer, mode: CompileMode) -> list[nn.Module]:
-    if mode == "off":
-        return []
-    return [transformer] if mode == "max" else list(transformer.blocks)
 
 
 def _allow_variants(count: int) -> None:

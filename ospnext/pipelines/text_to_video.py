@@ -42,10 +42,10 @@ class OSPNextPipeline:
     `schedule` and `solver` ("euler" or "unipc") may be assigned between calls. `text_encoder` may be None if embeddings
     are passed, `vae` if `output_type="latent"` is asked for: set either to None to free its memory.
 
-    How it runs, which may be assigned too and changes results by roundings only: `compile` "blocks" or "max" compiles
-    the transformer, in place, at the first call for each size; `batched_guidance` "on" runs both branches of guidance
-    in one forward, "auto" does where that is faster and exact; `vae_tiling` "on" decodes in tiles that are blended,
-    "auto" does where memory would not hold the whole.
+    How it runs may be assigned too: `compile` "blocks" or "max" compiles the transformer, in place, at the first call
+    for each size; `batched_guidance` "on" runs both branches of guidance in one forward, "auto" does where that is
+    faster and changes roundings only; `vae_tiling` "on" decodes in tiles that are blended, with other pixels near the
+    seams, "auto" does where memory would not hold the whole. `decided` says what the last call did: "batched", "tiled".
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class OSPNextPipeline:
         self.batched_guidance, self.vae_tiling = batched_guidance, vae_tiling
         self._require_choices()
         self._compiled = CompiledTransformer(transformer, compile)
+        self.decided: dict[str, bool] = {}
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
 
@@ -137,7 +138,8 @@ class OSPNextPipeline:
 
     @compile.setter
     def compile(self, mode: CompileMode) -> None:
-        self._compiled = CompiledTransformer(self.transformer, mode)
+        before, self._compiled = self._compiled, CompiledTransformer(self.transformer, mode)
+        before.undo()
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm for the bar over the steps. By default it is drawn only when stderr is a terminal."""
@@ -279,10 +281,11 @@ class OSPNextPipeline:
         # Uploaded at once: each upload waits for all that the device has been given before.
         timesteps = self.schedule.timesteps(sigmas[:-1]).to(latents_BCTHW.device)
         solver = make_solver(self.solver, sigmas)
-        together = text["negative_prompt_embeds"] is not None and batched(
-            self.batched_guidance, self.transformer, latents_BCTHW
-        )
+        together = needs_guidance(guidance_scale) and batched(self.batched_guidance, self.transformer, latents_BCTHW)
+        if self._compiled.transformer is not self.transformer:  # which may be assigned
+            self.compile = self._compiled.mode
         branches = Branches(self.transformer, self._compiled, text, guidance_scale, batched=together)
+        self.decided = {"batched": branches.per_forward > 1}
         self._compiled.prepare(latents_BCTHW, len(latents_BCTHW) * branches.per_forward)
         self._interrupt = False
         with self._progress_bar(num_steps) as bar:
@@ -294,6 +297,7 @@ class OSPNextPipeline:
                     latents_BCTHW = changed.get("latents", latents_BCTHW)
                     text |= {name: changed[name] for name in text.keys() & changed.keys()}
                     branches.replace_text(text)
+                    self._compiled.prepare(latents_BCTHW, len(latents_BCTHW) * branches.per_forward)
                 bar.update()
                 if self._interrupt:
                     break
@@ -305,7 +309,9 @@ class OSPNextPipeline:
                 "the latents are not finite after sampling: a kernel or a number format overflowed. Try bfloat16 or "
                 "float32, or OSPNEXT_BACKEND=reference; 'ospnext explain' says which kernel serves what"
             )
-        return cast(VideoAutoencoder, self.vae).decode(latents_BCTHW, tiling=self.vae_tiling)
+        vae = cast(VideoAutoencoder, self.vae)
+        self.decided["tiled"] = tiled = vae.needs_tiles(latents_BCTHW, self.vae_tiling)
+        return vae.decode(latents_BCTHW, tiling="on" if tiled else "off")
 
     def _progress_bar(self, total: int) -> Any:
         # disable=None is tqdm's own "only when the output is a terminal".

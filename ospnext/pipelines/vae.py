@@ -23,12 +23,15 @@ TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
 #: "auto": where the whole does not fit.
 Tiling = Literal["auto", "on", "off"]
 
+#: Of the tensors' bytes: `decode_peak` does not count the workspace of kernels.
+WITH_WORKSPACE = 1.15
 
-def tiles(setting: Tiling, *, needed: int, free: int) -> bool:
-    """Whether a decode that needs this many bytes in one piece is tiled, where `free` are there."""
+
+def tiles(setting: Tiling, *, needed: int, free: int | None) -> bool:
+    """Whether a decode whose tensors take `needed` bytes in one piece is tiled; `free` is None if unknown."""
     if setting not in get_args(Tiling):
         raise ConfigError(f"tiling must be one of {', '.join(get_args(Tiling))}; got {setting!r}")
-    return setting == "on" or (setting == "auto" and needed > free)
+    return setting == "on" or (setting == "auto" and free is not None and needed * WITH_WORKSPACE > free)
 
 
 class VideoAutoencoder:
@@ -104,17 +107,18 @@ class VideoAutoencoder:
                 f"latents must be [B, {self.latent_channels}, T, height/8, width/8], got {list(latents_BCTHW.shape)}"
             )
         latents_BCTHW = self.denormalise(latents_BCTHW)
-        with self._tiled(self._needs_tiles(tiling, latents_BCTHW)):
+        with self._tiled(self.needs_tiles(latents_BCTHW, tiling)):
             return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
 
-    def _needs_tiles(self, tiling: Tiling, latents_BCTHW: Tensor) -> bool:
+    def needs_tiles(self, latents_BCTHW: Tensor, tiling: Tiling = "auto") -> bool:
+        """Whether `decode` of these latents would work on tiles now."""
         if tiling != "auto":
             return tiles(tiling, needed=0, free=0)
         if self.model.use_tiling:
             return True
         device, (t, h, w) = Device(self.device), latents_BCTHW.shape[2:]
         needed, free = decode_peak(self.model.config, (t, h, w), self.dtype), device.free_memory()
-        if needed > free and not device.is_cpu:
+        if tiles(tiling, needed=needed, free=free) and not device.is_cpu:
             torch.accelerator.empty_cache()  # what sampling has left in the hands of the allocator is free, too
             free = device.free_memory()
         return tiles(tiling, needed=needed, free=free)
