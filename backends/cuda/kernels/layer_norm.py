@@ -13,7 +13,7 @@ from torch import Tensor
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
 from .row_quantize import VALUES, End, codes_of, magnitude_bits, quantized, scale_of_row
-from .rows import PIECE, ROWS, dense, new, partial_sums, row_of, stream, warps
+from .rows import PIECE, ROWS, dense, inverse_root, new, partial_sums, row_of, stream, warps
 
 Operand = Tensor | None
 
@@ -157,7 +157,7 @@ def _normalize(
         x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
         centred = tl.where(at < channels, x - mean, 0.0)
         total += centred * centred
-    inverse = tl.rsqrt(tl.sum(total) / channels + eps)
+    inverse = inverse_root(tl.sum(total) / channels + eps)
     shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
     scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
     if FORM == "amax" or FORM == "row":
@@ -246,7 +246,7 @@ def _differentiate(
         next_grad = tl.load(grad_start + column, mask=inside, other=0.0)
         next_x = tl.load(x_start + column, mask=inside, other=0.0)
         centred = tl.where(inside, x - tl.sum(x) / channels, 0.0)
-        inverse = tl.rsqrt(tl.sum(centred * centred) / channels + eps)
+        inverse = inverse_root(tl.sum(centred * centred) / channels + eps)
         normed = centred * inverse
         grad_sum += grad
         normed_sum += grad * normed

@@ -55,3 +55,11 @@ def warps(block: int, lanes: int = 512) -> int:
 def row_of(pointer, sample, token, sample_stride, token_stride):
     """Where a row starts; in 64 bits, since a stream may have more than 2^31 elements."""
     return pointer + tl.cast(sample, tl.int64) * sample_stride + tl.cast(token, tl.int64) * token_stride
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x), with two correct roundings. A device's own is further off, and by the same in all of a row, which
+    shows in sums over tokens that nearly cancel.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(x))

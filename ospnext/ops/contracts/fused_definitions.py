@@ -46,18 +46,23 @@ def _per_token(parameter: Tensor, x: Tensor) -> Tensor:
     return _PerToken.apply(parameter, *x.shape[:2])
 
 
+def _inverse_root(x: Tensor) -> Tensor:
+    """1 / sqrt(x), with two correct roundings: rsqrt of a GPU is further off, by the same in all of a row."""
+    return x.sqrt().reciprocal()
+
+
 # ---- rms_norm
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide_x, wide_weight = _wide(x, weight)
-    return (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype).contiguous()
+    return (wide_x * _inverse_root(wide_x.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype).contiguous()
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float):
     wide_x, wide_grad, wide_weight = _wide(x, grad, weight)
-    inverse = torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
+    inverse = _inverse_root(wide_x.square().mean(-1, keepdim=True) + eps)
     normed, scaled = wide_x * inverse, wide_grad * wide_weight
     dx = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype), None
@@ -84,7 +89,7 @@ def layer_norm_modulate(
 def layer_norm_modulate_backward(grad: Tensor, x: Tensor, weight, bias, shift, scale, eps: float):
     wide_x, wide_grad, wide_weight, wide_bias, wide_scale = _wide(x, grad, weight, bias, scale)
     centred = wide_x - wide_x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    inverse = _inverse_root(centred.square().mean(-1, keepdim=True) + eps)
     normed = centred * inverse
     dweight = dbias = dshift = dscale = None
     if wide_scale is not None:
