@@ -46,11 +46,12 @@ VARIANTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a model for a CPU")
+    parser.add_argument("--steps", type=int, help=f"of the trajectory (default: {STEPS}, {TINY_STEPS} if tiny)")
     parser.add_argument("--out", type=Path, help="write the result here too")
     arguments = parser.parse_args()
     with chosen_backend(None) as device, torch.no_grad():
         work, steps = (TINY, TINY_STEPS) if arguments.tiny else (REAL, STEPS)
-        text = "\n".join(report(work, steps, device)) + "\n"
+        text = "\n".join(report(work, arguments.steps or steps, device)) + "\n"
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
