@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ospnext.bench import diffusers_twin
-from ospnext.bench.diffusers_twin import attention_times, forward_of, twin
+from ospnext.bench.diffusers_twin import Compiled, attention_times, forward_of, twin
 from ospnext.bench.measure import timed
 from ospnext.bench.report import table
 from ospnext.bench.variants import dense
@@ -55,16 +55,17 @@ def report(work: Workload, repeats: int, compile_all: bool, device: torch.device
     yield ""
     body = []
     for name, alone in attention.items():
-        eager = timed(forward_of(model, name, inputs, compiled=False), device, repeats=repeats).median
-        row = [name, f"{alone:,.2f}", f"{eager:,.1f}", f"{eager / config.num_layers:,.1f}"]
-        if compile_all or name == fastest:
-            forward = forward_of(model, name, inputs, compiled=True)
-            compiled = timed(forward, device, repeats=repeats, warm_up=2).median
-            torch.compiler.reset()
-            row += [f"{compiled:,.1f}", f"{compiled / config.num_layers:,.1f}"]
-        body.append([*row, "", ""][:6])
-    head = ["attention", "attention of a block, ms", "eager ms", "a layer", "compiled ms", "a layer"]
-    yield from table(head, body)
+        row = [name, f"{alone:,.2f}"]
+        ways: tuple[Compiled, ...] = ("off", "model", "blocks") if compile_all or name == fastest else ("off",)
+        for way in ways:  # blocks last: a block stays compiled
+            found_ms = timed(forward_of(model, name, inputs, way), device, repeats=repeats, warm_up=2).median
+            row += [f"{found_ms:,.1f}", f"{found_ms / config.num_layers:,.1f}"]
+        torch.compiler.reset()
+        for block in model.blocks:
+            block._compiled_call_impl = None
+        body.append([*row, *[""] * 4][:8])
+    head = ["attention", "attention of a block, ms", "eager ms", "a layer"]
+    yield from table([*head, "one graph, ms", "a layer", "by blocks, ms", "a layer"], body)
 
 
 if __name__ == "__main__":

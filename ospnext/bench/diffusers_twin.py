@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ospnext.optional import require
 _SKIPPED = ("hub", "varlen", "sage", "math", "flex", "xla")
 #: Backend of torch.compile; its mode stays the default, as in diffusers' documentation.
 COMPILER = "inductor"
+#: "blocks" is diffusers' regional compilation, one graph for all alike; "model" one graph for everything, in minutes.
+Compiled = Literal["off", "blocks", "model"]
 
 
 def twin(config: TransformerConfig, state: Mapping[str, Tensor]) -> nn.Module:
@@ -79,9 +81,11 @@ def attention_times(
     return found
 
 
-def forward_of(model: nn.Module, attention: str, inputs: Inputs, *, compiled: bool) -> Callable[[], Tensor]:
+def forward_of(model: nn.Module, attention: str, inputs: Inputs, compiled: Compiled) -> Callable[[], Tensor]:
     """A call as its pipeline makes it: the text is projected anew each time."""
     wan: Any = model
     wan.set_attention_backend(attention)
-    run = torch.compile(wan, backend=COMPILER) if compiled else wan
+    if compiled == "blocks":
+        wan.compile_repeated_blocks(backend=COMPILER, fullgraph=True)
+    run = torch.compile(wan, backend=COMPILER) if compiled == "model" else wan
     return lambda: run(inputs.latents_BCTHW, inputs.timestep_B, inputs.text_BLC, return_dict=False)[0]

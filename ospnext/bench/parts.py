@@ -1,16 +1,16 @@
-"""Where the time of a forward goes: the device time of every operator, by torch.profiler, added up in a few parts.
+"""Where the time of a forward goes: the device time of every operator, between two events of its stream, added up in a
+few parts.
 
-`key_averages` knows operators by their own names only, and an `aten::amax` may be quantization or not: so this walks
-the events, and looks at the operators that an operator runs in, too."""
+No profiler: it stops the device between calls, and clocks then move. An operator's own inner calls belong to it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import time
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospnext.bench.measure import Call
 from ospnext.ops.device import Device
@@ -27,59 +27,62 @@ _ARITHMETIC = {
 }
 
 
-def part_of(names: Sequence[str]) -> str:
-    """The part of an operator, from its name and those of the operators that it runs in, innermost first."""
-    ours = [name.removeprefix("ospnext::") for name in names if name.startswith("ospnext::")]
-    if any("attention" in name for name in ours) or any("scaled_dot_product" in name for name in names):
-        return "attention"
-    if {"quantized_linear", "linear_gelu_tanh"} & set(ours) or any(_plain(name) in _PRODUCTS for name in names):
-        return "linear"
-    if any(name.startswith("hif8_") for name in ours):
-        return "quantize"
-    if ours or _plain(names[0]) in _ARITHMETIC or names[0].startswith("triton_"):  # compiled code is called triton_...
-        return "elementwise"
-    return "other"
-
-
 @functools.lru_cache(4096)
+def part_of(name: str) -> str:
+    """The part of an operator, by its name ("aten::mm")."""
+    ours, plain = name.startswith("ospnext::"), _plain(name)
+    if (ours and "attention" in name) or "scaled_dot_product" in name:
+        return "attention"
+    if plain in _PRODUCTS or plain in ("quantized_linear", "linear_gelu_tanh"):
+        return "linear"
+    if ours and plain.startswith("hif8_"):
+        return "quantize"
+    return "elementwise" if ours or plain in _ARITHMETIC else "other"
+
+
 def _plain(name: str) -> str:
-    """The name of an aten operator without namespace and in-place mark; names of other libraries as they are."""
-    return name.removeprefix("aten::").rstrip("_") if name.startswith("aten::") else name
+    """Without namespace and in-place mark; names of other libraries as they are."""
+    library, _, inner = name.rpartition("::")
+    return inner.rstrip("_") if library in ("aten", "ospnext") else name
 
 
-def profiled(call: Call, device: torch.device, *, repeats: int = 1) -> dict[str, float]:
-    """Milliseconds of each part in one call, the mean of `repeats`; on a CPU the time its operators took."""
-    surface = Device(device)
-    surface.synchronize()
-    with torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True) as run:
-        for _ in range(repeats):
-            call()
+def timed_parts(call: Call, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each part in one call, which must not be compiled: a graph has no operators left to time."""
+    clock = _Clock(Device(device))
+    with clock:
+        call()
+    return clock.parts()
+
+
+class _Clock(TorchDispatchMode):
+    """Events around every operator that PyTorch is asked for. On a CPU, whose operators are done when they return, the
+    host's own clock."""
+
+    def __init__(self, surface: Device) -> None:
+        super().__init__()
+        self.surface = surface
+        self.taken: list[tuple[str, Any, Any]] = []
         surface.synchronize()
-    events = list(run.events() or ())
-    found = dict.fromkeys(PARTS, 0.0)
-    for event in events:
-        if event.device_type == DeviceType.CPU and not event.is_async:
-            found[part_of(tuple(_names(event)))] += _own(event, surface)
-    if not surface.is_cpu:  # kernels that belong to no operator
-        everything = sum(e.time_range.elapsed_us() for e in events if _is_kernel(e))
-        found["other"] += max(0.0, everything - sum(found.values()))
-    return {part: microseconds / 1e3 / repeats for part, microseconds in found.items()}
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        started = self._now()
+        result = func(*args, **(kwargs or {}))
+        self.taken.append((func._schema.name, started, self._now()))
+        return result
 
-def _own(event: Any, surface: Device) -> float:
-    """Microseconds of the kernels that this operator has started itself."""
-    if surface.is_cpu:
-        return event.self_cpu_time_total
-    if event.is_user_annotation:  # its "kernels" are a bracket around those of others
-        return 0.0
-    return sum(kernel.duration for kernel in event.kernels)
+    def _now(self) -> Any:
+        if self.surface.is_cpu:
+            return time.perf_counter()
+        event = torch.get_device_module(self.surface.device).Event(enable_timing=True)
+        event.record()
+        return event
 
-
-def _is_kernel(event: Any) -> bool:
-    return event.device_type != DeviceType.CPU and not event.is_user_annotation
-
-
-def _names(event: Any) -> Iterator[str]:
-    while event is not None:
-        yield event.name
-        event = event.cpu_parent
+    def parts(self) -> dict[str, float]:
+        self.surface.synchronize()
+        found = dict.fromkeys(PARTS, 0.0)
+        for name, started, ended in self.taken:
+            lasted = 1e3 * (ended - started) if self.surface.is_cpu else started.elapsed_time(ended)
+            found[part_of(name)] += lasted
+        return found

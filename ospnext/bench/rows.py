@@ -52,21 +52,6 @@ class Row:
         return max(0.0, self.timing.median - sum(self.parts.values())) if self.timing and self.parts else None
 
 
-#: Share of the time of a forward by which its parts may exceed it: what is less than it, no operator takes.
-CLOSURE = 0.05
-
-
-def with_parts(row: Row, parts: dict[str, float], *, is_cpu: bool) -> Row:
-    """`row` with its parts, if they add up to no more than its time. Otherwise they say nothing: the profiler stopped
-    the device, whose clocks then moved, or counted kernels twice. On a CPU a profiler is part of what takes time.
-    """
-    found, asked = sum(parts.values()), row.milliseconds or 0.0
-    if is_cpu or found <= (1 + CLOSURE) * asked:
-        return replace(row, parts=parts)
-    remark = f"no parts: under the profiler they add up to {found:,.0f} ms, and the forward takes {asked:,.0f}"
-    return replace(row, remark=remark)
-
-
 def ratio(row: Row, baseline: str, rows: Iterable[Row]) -> float | None:
     """How many times faster `row` is than `baseline` on the same workload; None if either has no time."""
     base = next((r.milliseconds for r in rows if r.work == row.work and r.variant == baseline), None)

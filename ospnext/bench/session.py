@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ospnext.bench import floor
 from ospnext.bench.ceilings import Ceilings
-from ospnext.bench.diffusers_twin import fastest_attention, forward_of, twin
+from ospnext.bench.diffusers_twin import Compiled, fastest_attention, forward_of, twin
 from ospnext.bench.kernels import kernels_chosen
 from ospnext.bench.measure import release, timed
-from ospnext.bench.parts import profiled
-from ospnext.bench.rows import DENSE, DIFFUSERS, Row, with_parts
+from ospnext.bench.parts import timed_parts
+from ospnext.bench.rows import DENSE, DIFFUSERS, Row
 from ospnext.bench.variants import Variant, dense
 from ospnext.bench.weights import Inputs, random_inputs, random_state, state_bytes
 from ospnext.bench.workload import Workload
@@ -29,10 +29,10 @@ from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 
 State = dict[str, Tensor]
 
-#: Profiled runs at most, for one whose time is that of the others.
-PROFILES = 2
-#: Why a forward under `--compile max` has no parts.
-ONE_GRAPH = "no parts: compiled as one graph, its kernels belong to no operator"
+#: diffusers' own way to compile; benchmarks/diffusers_model.py compares it with one graph for the model.
+DIFFUSERS_COMPILE: Compiled = "blocks"
+#: Why a compiled forward has no parts.
+COMPILED = "no parts: compiled, its kernels belong to no operator"
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Session:
                 yield self._attempt(work, variant.name, self.compile, self._measure, variant, state, inputs, outputs)
             if self.against_diffusers:
                 self.tell(f"{work}: {DIFFUSERS}")
-                yield self._attempt(work, DIFFUSERS, "model", self._diffusers, state, inputs, outputs)
+                yield self._attempt(work, DIFFUSERS, DIFFUSERS_COMPILE, self._diffusers, state, inputs, outputs)
 
     def _weights(self) -> State:
         """Those of all variants. A device that is too small is refused before: a host would start to swap."""
@@ -107,29 +107,20 @@ class Session:
         flops = forward_flops(model.config, work.grid)
         row = Row(**timed_row, tflop=(flops.total - flops.text) / 1e12, kernels=kernels)
         try:
-            row = self._with_parts(row, forward)
+            if self.compile == "off":
+                row = replace(row, parts=timed_parts(forward, self.device))
+            else:
+                row = replace(row, remark=COMPILED)
             return replace(row, floors=floors(work, model, variant, self.ceilings))
         except Exception as error:  # the times took longer than all of this: they are kept
             return replace(row, error=f"times only: {_said(error)}")
-
-    def _with_parts(self, row: Row, forward: Callable[[], Tensor]) -> Row:
-        if self.compile == "max":
-            return replace(row, remark=ONE_GRAPH)
-        return with_parts(row, self._profiled(forward, row.milliseconds), is_cpu=Device(self.device).is_cpu)
-
-    def _profiled(self, forward: Callable[[], Tensor], milliseconds: float | None) -> dict[str, float]:
-        """Of the run that took most nearly as long as those without a profiler: clocks do not always stay."""
-        runs: list[dict[str, float]] = []
-        while len(runs) < PROFILES and not any(abs(sum(run.values()) / (milliseconds or 1) - 1) < 0.02 for run in runs):
-            runs.append(profiled(forward, self.device))
-        return min(runs, key=lambda run: abs(sum(run.values()) - (milliseconds or 0)))
 
     def _diffusers(self, work: Workload, state: State, inputs: Inputs, outputs: dict[str, Tensor]) -> Row:
         config = dense(work.config)
         model = twin(config, state)
         attention = fastest_attention(config, work.tokens, self.device, self.ceilings.dtype)
-        forward = forward_of(model, attention, inputs, compiled=True)
-        timed_row = self._timed(work, DIFFUSERS, "model", forward, outputs, _parked(state, model))
+        forward = forward_of(model, attention, inputs, DIFFUSERS_COMPILE)
+        timed_row = self._timed(work, DIFFUSERS, DIFFUSERS_COMPILE, forward, outputs, _parked(state, model))
         tflop = forward_flops(config, work.grid).total / 1e12
         return Row(**timed_row, tflop=tflop, kernels={"attention": {f"diffusers.{attention}": "the fastest here"}})
 
