@@ -27,6 +27,7 @@ from ospnext.models.memory import activation_peak
 from ospnext.ops.device import Device
 from ospnext.optional import require
 from ospnext.pipelines.live_bytes import LiveBytes
+from ospnext.pipelines.vae import with_workspace
 from ospnext.pipelines.vae_memory import decode_peak
 
 #: Layers do not add up, since their activations are freed; eight have every kind of block.
@@ -98,7 +99,7 @@ def decode_row(base_dim: int, latent: tuple[int, int, int], tiled: bool, device:
     model.use_tiling = tiled
     latents = torch.randn(1, 16, *latent, device=device)
     used = peak_of(lambda: model.decode(latents, return_dict=False), device)
-    estimate = decode_peak(model.config, latent, torch.float32, tiled=tiled)
+    estimate = with_workspace(decode_peak(model.config, latent, torch.float32, tiled=tiled), device)
     return row(f"decode of {latent} latents{', in tiles' if tiled else ''}", 1, estimate, used, "")
 
 

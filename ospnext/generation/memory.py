@@ -25,7 +25,7 @@ from ospnext.ops.select import select
 from ospnext.pipelines.branches import block_flops
 from ospnext.pipelines.layout import Layout
 from ospnext.pipelines.strict_load import read_json
-from ospnext.pipelines.vae import tiles
+from ospnext.pipelines.vae import tiles, with_workspace
 from ospnext.pipelines.vae_memory import decode_peak
 from ospnext.sparse import Grid
 
@@ -157,5 +157,5 @@ def _decode(known: Known, vae: Path, grid: Grid, free: int | None) -> tuple[int,
     latent, dtype = (grid[0], patch_h * grid[1], patch_w * grid[2]), getattr(torch, known.config.vae_dtype)
     whole = decode_peak(config, latent, dtype)
     if tiles(known.config.vae.tiling, needed=whole, free=free):
-        return decode_peak(config, latent, dtype, tiled=True), True
-    return whole, False
+        return with_workspace(decode_peak(config, latent, dtype, tiled=True), known.device), True
+    return with_workspace(whole, known.device), False

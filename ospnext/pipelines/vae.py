@@ -23,8 +23,14 @@ TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
 #: "auto": where the whole does not fit.
 Tiling = Literal["auto", "on", "off"]
 
-#: Of the tensors' bytes: `decode_peak` does not count the workspace of kernels.
+#: Of the tensors' bytes: `decode_peak` does not count the workspace of kernels. On an H200 a decode takes 1.15 to 1.16
+#: times the bytes of its tensors, whole and in tiles (benchmarks/memory_plan.py).
 WITH_WORKSPACE = 1.15
+
+
+def with_workspace(tensors: int, device: torch.device) -> int:
+    """Bytes that a decode takes whose tensors take `tensors`."""
+    return tensors if Device(device).is_cpu else int(tensors * WITH_WORKSPACE)
 
 
 def tiles(setting: Tiling, *, needed: int, free: int | None) -> bool:
