@@ -145,7 +145,8 @@ def _is_plain(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         return False
     if type(linear.weight) is not nn.Parameter:
         return False
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    # "meta" has no autocast to ask for; `torch.amp.is_autocast_available` would say so, but breaks graphs of torch 2.11.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return False
     return linear.weight.dtype == linear.bias.dtype == x.dtype
 
