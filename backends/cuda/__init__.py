@@ -120,7 +120,7 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:efficient",
             handles=_EVERY_FEATURE,
             refusals=(Refusal("batch", {"batch": 1 << 16}), *_FLASH_REFUSALS),
-            note=f"memory-efficient attention as PyTorch ships it; {_NOT_RUN}",
+            note="memory-efficient attention as PyTorch ships it",
         ),
         Implementation(
             "cuda.math",

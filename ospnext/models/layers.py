@@ -145,7 +145,7 @@ def _is_plain(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         return False
     if type(linear.weight) is not nn.Parameter:
         return False
-    # "meta" has no autocast to ask for; `torch.amp.is_autocast_available` would say so, but breaks graphs of torch 2.11.
+    # "meta" has no autocast to ask for; `torch.amp.is_autocast_available` says so, but breaks graphs of torch 2.11.
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return False
     return linear.weight.dtype == linear.bias.dtype == x.dtype
