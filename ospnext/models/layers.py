@@ -86,8 +86,13 @@ class SelfAttention(AttentionProjections):
         q, k, v = project(x_BNC, self.q, self.k, self.v, dtype=dtype)
         q = ops.rms_norm_rope(q, self.norm_q.weight, plan.cos, plan.sin, self.norm_q.eps)
         k = ops.rms_norm_rope(k, self.norm_k.weight, plan.cos, plan.sin, self.norm_k.eps)
-        out_BNHD = self.attend(q, k, self.split_heads(v), plan.subsequences)
+        v = self.split_heads(v)
+        if plan.ulysses is not None:
+            q, k, v = plan.ulysses.to_heads(q, k, v)
+        out_BNHD = self.attend(q, k, v, plan.subsequences)
         del q, k, v
+        if plan.ulysses is not None:
+            out_BNHD = plan.ulysses.to_tokens(out_BNHD, self.heads)
         return self.o(out_BNHD.flatten(2))
 
 
@@ -171,7 +176,8 @@ class Block(nn.Module):
         x_BNC = ops.gate_residual(x_BNC, sa(y_BNC, plan, dtype), gate_sa)
         x_BNC = ops.gate_residual(x_BNC, ca(self.norm3(x_BNC, ca.q), text_kv_BLHD, dtype))
         y_BNC = layer_norm_for((self.ffn[0],), x_BNC, shift_BC=shift_ff, scale_BC=scale_ff, eps=self.eps)
-        return ops.gate_residual(x_BNC, self.ffn(y_BNC, dtype), gate_ff, plan.switch)
+        x_BNC = ops.gate_residual(x_BNC, self.ffn(y_BNC, dtype), gate_ff, plan.switch)
+        return x_BNC if plan.exchange is None else plan.exchange(x_BNC)
 
 
 class Head(nn.Module):

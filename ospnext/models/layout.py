@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ospnext.models.config import BlockKind
 from ospnext.models.rope import rope_tables
+from ospnext.parallel import Exchange, Gather, Ulysses
 from ospnext.sparse import Grid, OrderKind, skiparse_plan
 
 
@@ -35,17 +36,21 @@ class BlockPlan:
     cos: Tensor
     sin: Tensor
     switch: Tensor | None
+    #: Where ranks share a sample: how those of a block exchange heads for tokens, and where tokens go after it.
+    ulysses: Ulysses | None = None
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class StreamLayout:
     """Plan of a forward: `enter` [N] takes raster tokens into the first block's order, `leave` [N] the last block's
-    order to raster.
+    order to raster; where ranks share a sample, `gather` does, and `enter` takes this rank's tokens.
     """
 
     enter: Tensor | None
     blocks: tuple[BlockPlan, ...]
     leave: Tensor | None
+    gather: Gather | None = None
 
 
 def block_orders(kinds: Sequence[BlockKind]) -> tuple[OrderKind, ...]:
@@ -74,8 +79,8 @@ def stream_layout(
     """Build the layout; `dtype` is that of the rotary tables. With k = 1 every order is the raster order."""
     plan = skiparse_plan(grid, k)
     orders = block_orders(kinds)
-    whole = _subsequences((plan.tokens,), batch, device)
-    sparse = {kind: _subsequences(plan.order(kind).lengths, batch, device) for kind in set(orders)}
+    whole = subsequences((plan.tokens,), batch, device)
+    sparse = {kind: subsequences(plan.order(kind).lengths, batch, device) for kind in set(orders)}
     tables = {
         kind: [t.to(device) for t in rope_tables(grid, plan.order(kind).raster, head_pairs, dtype)]
         for kind in set(orders)
@@ -93,7 +98,7 @@ def stream_layout(
     return StreamLayout(enter.to(device), tuple(blocks), leave.to(device))
 
 
-def _subsequences(lengths: Sequence[int], batch: int, device: torch.device) -> Subsequences:
+def subsequences(lengths: Sequence[int], batch: int, device: torch.device) -> Subsequences:
     lengths = tuple(n for n in lengths if n)
     if len(set(lengths)) == 1:
         return Subsequences(lengths, None)

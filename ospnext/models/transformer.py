@@ -14,6 +14,8 @@ from ospnext import ops
 from ospnext.models.config import TransformerConfig
 from ospnext.models.layers import Block, GeluTanh, Head
 from ospnext.models.layout import StreamLayout, stream_layout
+from ospnext.models.rank_layout import rank_layout
+from ospnext.parallel import SequenceParallel
 from ospnext.sparse import Grid
 
 #: Layouts kept per model; each holds a few index and rotary tables of the length of the stream.
@@ -55,6 +57,8 @@ class OSPNextTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        #: The ranks that share a sample with this one; see parallelize.py.
+        self.sequence: SequenceParallel | None = None
         self._layouts: dict[tuple, StreamLayout] = {}
 
     @property
@@ -87,6 +91,8 @@ class OSPNextTransformer(nn.Module):
         for block, plan, keys_values in zip(self._blocks(), layout.blocks, context.keys_values, strict=True):
             x_BNC = block(x_BNC, time_B6C, keys_values, plan)
         patches_BNP = self.head(x_BNC, time_BC)
+        if layout.gather is not None:
+            patches_BNP = layout.gather(patches_BNP)
         return self._unpatchify(patches_BNP, layout.leave, grid)
 
     def encode_text(self, text_BLC: Tensor) -> TextContext:
@@ -131,15 +137,17 @@ class OSPNextTransformer(nn.Module):
         Call it before a compiled forward, so that the indices are constants of the graph instead of being computed in
         it."""
         config, table_dtype = self.config, torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (grid, batch, self.device, table_dtype)
+        key = (grid, batch, self.device, table_dtype, self.sequence)
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
             # Kept beyond the caller's mode: tensors of inference mode could never serve in training.
             with torch.inference_mode(False):
-                self._layouts[key] = stream_layout(
-                    config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs, table_dtype, self.device
-                )
+                shape = (config.block_kinds, config.sparse_ratio, grid, batch, config.rope_pairs)
+                if self.sequence is None:
+                    self._layouts[key] = stream_layout(*shape, table_dtype, self.device)
+                else:
+                    self._layouts[key] = rank_layout(*shape, table_dtype, self.device, self.sequence)
         return self._layouts[key]
 
     def _sinusoid(self, timestep_B: Tensor) -> Tensor:
