@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ospnext import ops
 from ospnext.models.layout import Subsequences
 from ospnext.ops import HiF8Recipe
+from ospnext.ops.replicated import replicated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +24,8 @@ class Attend(nn.Module):
     round_trip: Callable[[Tensor], Tensor] | None = None
     #: Ranks that hold other heads or tokens of the same q, k and v: they share scales.
     amax_group: ProcessGroup | None = None
+    #: Ranks that attend to the same k and v, those of the text.
+    kv_group: ProcessGroup | None = None
 
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, pieces: Subsequences | None = None) -> Tensor:
         """[B, S, H, D] in and out; among all tokens of a sample, or inside each of its pieces."""
@@ -44,9 +47,12 @@ class Attend(nn.Module):
         return out_THD.view(q_BSHD.shape)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.recipe is None:
-            return ops.attention(q, k, v)
-        return ops.quantized_attention(q, k, v, recipe=self.recipe, amax_group=self.amax_group)
+        if self.recipe is not None:
+            groups = {"amax_group": self.amax_group, "kv_group": self.kv_group}
+            return ops.quantized_attention(q, k, v, recipe=self.recipe, **groups)
+        if self.kv_group is not None:
+            k, v = replicated(k, self.kv_group), replicated(v, self.kv_group)
+        return ops.attention(q, k, v)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, **pack: Any) -> Tensor:
         if self.recipe is None:

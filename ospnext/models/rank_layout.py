@@ -127,10 +127,9 @@ def _joined(held: Placement, sequence: SequenceParallel) -> list[int]:
     return [sum(parts) for parts in zip(*(held.lengths[r] for r in sequence.peers), strict=True)]
 
 
-def _exchange(step: Switch, sequence: SequenceParallel, device: torch.device) -> Exchange | None:
-    """None where one rank holds everything: `send` is the whole way then."""
+def _exchange(step: Switch, sequence: SequenceParallel, device: torch.device) -> Exchange:
     arrange = None if step.arrange is None else step.arrange.to(device)
-    return Exchange(step.send_splits, step.receive_splits, arrange, sequence.group)
+    return Exchange(step.send_splits, step.receive_splits, arrange, sequence.group, sequence.payload)
 
 
 def _gather(held: Placement, sequence: SequenceParallel, device: torch.device) -> Gather:

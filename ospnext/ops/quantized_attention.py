@@ -12,6 +12,7 @@ from ospnext.ops.attention import attention, attention_packed
 from ospnext.ops.native_attention import native_attention
 from ospnext.ops.quantize import hif8_fake_quantize
 from ospnext.ops.recipe import HiF8Recipe
+from ospnext.ops.replicated import replicated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +31,7 @@ def quantized_attention(
     max_seqlen_kv: int = 0,
     scale: float | None = None,
     amax_group: ProcessGroup | None = None,
+    kv_group: ProcessGroup | None = None,
 ) -> Tensor:
     """`attention`, or with cu_seqlens `attention_packed`, of q, k and v that went through HiFloat8 and back; their
     gradients do the same.
@@ -39,6 +41,8 @@ def quantized_attention(
         recipe: scales; each of q, k, v and their gradients has one for the whole tensor. None = `HiF8Recipe()`. With
             attention="native" more is rounded and there is no gradient and no mask: contracts/native_attention.py.
         amax_group: ranks that each hold some heads or tokens of one tensor: they share the scales.
+        kv_group: ranks that attend to the same k and v from different q. Gradients of k and v are averaged over them
+            before they are quantized.
         key_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale: as in the two functions.
 
     Returns, raises: as the two functions.
@@ -68,6 +72,8 @@ def quantized_attention(
         )
         for t in (q, k, v)
     )
+    if kv_group is not None:
+        k, v = replicated(k, kv_group), replicated(v, kv_group)
     if cu_seqlens_q is None or cu_seqlens_kv is None:
         return attention(q, k, v, key_mask=key_mask, scale=scale)
     return attention_packed(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ospnext.parallel.exchange import Payload
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -20,6 +22,8 @@ class SequenceParallel:
     rank: int
     group: ProcessGroup | None
     ulysses_group: ProcessGroup | None
+    #: How tokens travel from one sparse block to the next.
+    payload: Payload = "plain"
 
     @property
     def ranks(self) -> int:

@@ -24,13 +24,14 @@ all_to_all      rank r sends its i-th part to rank i; the result holds what rank
 all_gather      concatenation over ranks in rank order; the shape is the same on each. Adjoint: reduce_scatter (sum).
 reduce_scatter  sum over ranks, of which rank r keeps its part; the parts are even. Adjoint: all_gather.
 all_reduce      sum or maximum over ranks. The adjoint of the sum is the sum; the maximum has no gradient.
-broadcast       the tensor of one rank. Adjoint: sum onto that rank.
+broadcast       the tensor of one rank. Adjoint: sum onto that rank; elsewhere x has a gradient of zeros.
 
 A rank sees its own parts only: one may ask for an uneven exchange where another asks for an even one, so the
 implementations that a backend chooses for the two must be able to meet.
 
-Gradients, asynchronous handles and byte counters come with sequence parallelism; until an implementation handles
-`backward`, a request for it is refused."""
+Each is linear, the maximum apart, and its gradient is its adjoint: another of these calls. Implementations know nothing
+of gradients. What one rank of a group does, all do, in the same order: that x requires a gradient, and that a result
+takes part in the backward pass, holds on every rank or on none."""
 
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
@@ -47,7 +48,6 @@ class CollectiveRequest:
     elements: int
     uneven: bool = False
     reduction: Literal["sum", "max"] = "sum"
-    backward: bool = False
 
 
 # ---- cases
