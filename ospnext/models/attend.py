@@ -48,8 +48,9 @@ class Attend(nn.Module):
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.recipe is not None:
-            groups = {"amax_group": self.amax_group, "kv_group": self.kv_group}
-            return ops.quantized_attention(q, k, v, recipe=self.recipe, **groups)
+            return ops.quantized_attention(
+                q, k, v, recipe=self.recipe, amax_group=self.amax_group, kv_group=self.kv_group
+            )
         if self.kv_group is not None:
             k, v = replicated(k, self.kv_group), replicated(v, self.kv_group)
         return ops.attention(q, k, v)
