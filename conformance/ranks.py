@@ -267,7 +267,9 @@ def _answer(case: Case, contract: Contract, device: torch.device, rank: int) -> 
     """The case between two calls on zeros: a result must not come from an earlier call, nor change with a later one."""
     placed = Placed(contract.inputs(case)[f"rank{rank}"], case.layout, device)
     x: Tensor = placed.values["x"]
-    zeros: Mapping[str, Any] = {**placed.values, "x": torch.zeros_like(x)}
+    zeros: Mapping[str, Any] = {
+        name: torch.zeros_like(value) if isinstance(value, Tensor) else value for name, value in placed.values.items()
+    }
     try:
         contract.call(zeros, as_is)
         out = contract.call(placed.values, as_is)["out"]
@@ -287,7 +289,10 @@ def _answer(case: Case, contract: Contract, device: torch.device, rank: int) -> 
 
 
 def _brief(error: Exception) -> str:
-    """The error, and where in the code under test it was raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH)]
+    """The error, and where in the code under test what caused it was raised."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    frames = [f for f in traceback.extract_tb(root.__traceback__) if not f.filename.startswith(TORCH)]
     place = f" in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{place}: {error}"

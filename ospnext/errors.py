@@ -33,3 +33,11 @@ class CheckpointError(OSPNextError, RuntimeError):
 
 class MissingDependencyError(OSPNextError, ImportError):
     """An optional package is not installed: the message names it and the extra that brings it."""
+
+
+class CollectiveError(OSPNextError, RuntimeError):
+    """A collective timed out or failed: the message names it, its ranks, and what is known of where each of them is."""
+
+
+class DisagreementError(OSPNextError, RuntimeError):
+    """The ranks of a job were started differently: the message says for each fact which rank holds which value."""

@@ -19,6 +19,7 @@ SCRIPTS = {
     "model_error": ("| 7 full |", "latents after 3 steps of Euler"),
     "training_step": ("| dense, bf16 |", "| sparse, HiF8 linears |"),
     "token_scaling": ("Fitted:", "| 128x160 | 9 | 240 | token |"),
+    "rank_share": ("No two\ndevices were used together.", "| 96x128 | osp | 2 | 2 x 1 | 72 |"),
     "diffusers_model": ("| native |", "diffusers 0."),
 }
 

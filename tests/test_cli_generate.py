@@ -53,7 +53,7 @@ class FakePipeline:
 def fake(monkeypatch):
     pipeline = FakePipeline()
     monkeypatch.setattr(videos, "check_checkpoint", lambda run: None)
-    monkeypatch.setattr(videos, "load_pipeline", lambda run, device: pipeline)
+    monkeypatch.setattr(videos, "load_pipeline", lambda run, device, mesh: pipeline)
     return pipeline
 
 
@@ -288,7 +288,7 @@ def test_backend_option_beats_the_environment_for_the_run_only(fake, prompts, mo
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(fake, prompts, tmp_path, capsys, monkeypatch):
-    def make_plan(run, jobs, device):
+    def make_plan(run, jobs, device, layout):
         return SimpleNamespace(text=lambda: f"{len(jobs)} of {len(run.jobs)} on {device}")
 
     monkeypatch.setitem(sys.modules, "ospnext.generation.plan", SimpleNamespace(make_plan=make_plan))
@@ -301,7 +301,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(fake, prompts, tmp_path, cap
 def test_the_ways_to_run_reach_the_pipeline(tmp_path, checkpoint, monkeypatch):
     found = {}
     monkeypatch.setattr(
-        videos, "make_video", lambda run, job, pipeline, device: found.update(vars(pipeline)) or {"seconds": 0}
+        videos, "make_video", lambda run, job, pipeline, device, mesh: found.update(vars(pipeline)) or {"seconds": 0}
     )
     settings = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on"]
     assert generate("fox", "--model", checkpoint, "--output", tmp_path / "out", *SMALL, *settings) == 0

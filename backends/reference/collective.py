@@ -5,7 +5,7 @@ The forms that take lists of tensors are used: those of one tensor change their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,20 @@ class HostCollectives:
     def all_to_all(
         self, x: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], group: ProcessGroup | None
     ) -> Tensor:
+        return self.start_all_to_all(x, send_splits, receive_splits, group)()
+
+    def start_all_to_all(
+        self, x: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], group: ProcessGroup | None
+    ) -> Callable[[], Tensor]:
         sent = x.cpu().contiguous()
         out = sent.new_empty(sum(receive_splits), *x.shape[1:])
-        dist.all_to_all_single(out, sent, list(receive_splits), list(send_splits), group=group)
-        return out.to(x.device)
+        work = dist.all_to_all_single(out, sent, list(receive_splits), list(send_splits), group=group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return out.to(x.device)
+
+        return finish
 
     def all_gather(self, x: Tensor, group: ProcessGroup | None) -> Tensor:
         sent = x.cpu().contiguous()

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from ospnext.config import did_you_mean
 from ospnext.errors import ConfigError, OSPNextError
+from ospnext.launch import launched
 
 # name, of one or two words: (module, one line for `ospnext --help`)
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "init-random": ("ospnext.cli.init_random", "write a checkpoint with random weights, for trying things out"),
     "doctor": ("ospnext.cli.doctor", "say what this machine can run, and why not more"),
     "explain": ("ospnext.cli.explain", "say which kernel would run an operator, and why"),
+    "plan": ("ospnext.cli.plan", "predict how a number of devices would share a model: layouts, memory, bytes, time"),
     "tune": ("ospnext.cli.tune", "time every kernel at a model's shapes, and write down which is fastest here"),
     "bench model": ("ospnext.cli.bench_model", "time a denoising forward of the whole model, and say where it goes"),
     "conformance run": ("ospnext.cli.conformance_run", "judge a backend by the conformance suite"),
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return _run(list(sys.argv[1:] if argv is None else argv))
     except OSPNextError as error:
-        print(f"error: {error}", file=sys.stderr)
+        launch = launched()
+        where = "" if launch is None else f" on rank {launch.rank}"
+        print(f"error{where}: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

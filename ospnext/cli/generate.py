@@ -7,22 +7,26 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospnext import atomic
 from ospnext.cli import EXIT_INTERRUPTED
+from ospnext.cli.ranks import Ranks, ranks_of_command
 from ospnext.config import leaf_keys, nearest_key, parse_overrides, read_yaml, resolve, to_dict
 from ospnext.errors import ConfigError
 from ospnext.generation.config import GenerateConfig
 from ospnext.generation.jobs import Run, VideoJob, make_jobs
+from ospnext.generation.manifest import merge_parts
 from ospnext.generation.prompt_files import LocatedPrompt, PromptRow, read_prompts
 from ospnext.generation.resume import unfinished
 from ospnext.yaml_text import dump_yaml
 
 if TYPE_CHECKING:
     import torch
+
+    from ospnext.parallel.config import ParallelConfig
 
 HELP = """Generate videos. Writes video_0.mp4, ... (or ID.mp4), config.yaml and manifest.jsonl to the output folder.
 
@@ -68,19 +72,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = read_config(args)
-    if args.print_config:
-        print(dump_yaml(to_dict(config)), end="")
+    with ranks_of_command() as ranks:
+        return _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
+    with ranks.in_step():
+        config = read_config(args)
+        asked = None if args.print_config else _asked(config)
+        todo = [] if asked is None else unfinished(asked, resume=args.resume)
+    if asked is None:
+        ranks.say(dump_yaml(to_dict(config)).rstrip("\n"))
         return 0
+    if len(todo) < len(asked.jobs):
+        ranks.say(f"{len(asked.jobs) - len(todo)} of {len(asked.jobs)} videos are already in {asked.directory}")
+    if not todo and not args.dry_run and ranks.world is None:
+        return 0
+    return _generate(args, asked, todo, ranks)
+
+
+def _asked(config: GenerateConfig) -> Run:
     if config.model is None:
         raise ConfigError("no model was given; add --model DIR (`ospnext init-random --output DIR` writes one to try)")
     model, directory = Path(config.model).expanduser(), Path(config.output).expanduser()
     asked = Run(config, model, directory, make_jobs(config, _prompts(config)))
     _require_writable(directory)
-    todo = unfinished(asked, resume=args.resume)
-    if len(todo) < len(asked.jobs):
-        print(f"{len(asked.jobs) - len(todo)} of {len(asked.jobs)} videos are already in {directory}")
-    return _generate(args, asked, todo) if todo or args.dry_run else 0
+    return asked
 
 
 def read_config(args: argparse.Namespace) -> GenerateConfig:
@@ -159,47 +176,103 @@ def _require_writable(directory: Path) -> None:
         raise ConfigError(f"--output {directory}: no permission to write in {existing}; give another folder")
 
 
-def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob]) -> int:
+def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob], ranks: Ranks) -> int:
     from ospnext.generation import videos  # torch is imported from here on, diffusers and transformers later still
     from ospnext.generation.backend_choice import chosen_backend
+    from ospnext.generation.parallel import layout_of
 
-    with chosen_backend(run.config.backend) as device:
-        videos.check_checkpoint(run)
-        if args.report_quant:
-            if run.config.compile != "off":
-                raise ConfigError("--report-quant looks into layers, which a compiled graph has not; use compile=off")
-            videos.check_quant_report(run)
-        if args.dry_run:
-            from ospnext.generation.plan import make_plan
-
-            print(make_plan(run, todo, device).text())
+    with ExitStack() as stack:
+        with ranks.in_step():
+            device = ranks.device(stack.enter_context(chosen_backend(run.config.backend)))
+            videos.check_checkpoint(run)
+            layout = layout_of(run, ranks.world)
+            if args.report_quant:
+                _check_report(run, ranks)
+            if layout.world > 1 and ranks.world is None and not args.dry_run:
+                raise ConfigError(
+                    f"the layout {layout} needs {layout.world} processes, this is one: start it with "
+                    f"`torchrun --nproc-per-node {layout.world} -m ospnext generate ...`"
+                )
+        with ranks.in_step():
+            ranks.agree(_facts(run, todo), device)
+        if not todo and not args.dry_run:
             return 0
-        run.directory.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(run.directory / "config.yaml", dump_yaml(to_dict(run.config)))
-        show_progress = sys.stderr.isatty() and not args.quiet
-        return _make_videos(run, todo, device, show_progress=show_progress, report_quant=args.report_quant)
+        if args.dry_run:
+            if ranks.first:
+                from ospnext.generation.plan import make_plan
+
+                print(make_plan(run, todo, device, layout).text())
+            return 0
+        with ranks.in_step():
+            if ranks.first:
+                run.directory.mkdir(parents=True, exist_ok=True)
+                merge_parts(run.directory)
+                atomic.write_text(run.directory / "config.yaml", dump_yaml(to_dict(run.config)))
+        return _make_videos(args, run, todo, device, layout, ranks)
+
+
+def _facts(run: Run, todo: Sequence[VideoJob]) -> dict[str, str]:
+    """What must be the same on all ranks: settings, and which videos the output folder has."""
+    values: dict[str, Any] = {"videos to make": ", ".join(job.name for job in todo)}
+    for name, value in to_dict(run.config).items():
+        section = value if isinstance(value, dict) else {}
+        values |= {f"{name}.{key}": inner for key, inner in section.items()} or {name: value}
+    return {name: str(value) for name, value in values.items()}
+
+
+def _check_report(run: Run, ranks: Ranks) -> None:
+    from ospnext.generation import videos
+
+    if run.config.compile != "off":
+        raise ConfigError("--report-quant looks into layers, which a compiled graph has not; use compile=off")
+    if ranks.world is not None:
+        raise ConfigError("--report-quant counts what one process computes; leave it out, or start one process")
+    videos.check_quant_report(run)
 
 
 def _make_videos(
-    run: Run, todo: Sequence[VideoJob], device: torch.device, *, show_progress: bool, report_quant: bool
+    args: argparse.Namespace,
+    run: Run,
+    todo: Sequence[VideoJob],
+    device: torch.device,
+    layout: ParallelConfig,
+    ranks: Ranks,
 ) -> int:
     from ospnext.generation import videos
 
-    finished = 0
+    show_progress = sys.stderr.isatty() and not args.quiet and ranks.first
+    parallel, finished = run.config.parallel, 0
     try:
-        if show_progress:
-            print(f"loading {run.model} for {device}", file=sys.stderr)
-        pipeline = videos.load_pipeline(run, device)
-        with videos.quant_reported(pipeline, run.directory) if report_quant else nullcontext():
-            for job in todo:
-                pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
-                entry = videos.make_video(run, job, pipeline, device)
-                finished += 1
-                size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
-                name = run.directory / job.name
-                print(f"[{finished}/{len(todo)}] {name}  {size}, seed {job.seed}, {entry['seconds']:.1f} s", flush=True)
+        with ranks.watched(parallel.timeout):
+            mesh = ranks.mesh(layout, device, parallel.timeout, parallel.payload)
+            if show_progress:
+                print(f"loading {run.model} for {device}", file=sys.stderr)
+            with ranks.in_step(parallel.timeout):
+                _require_shared(run)
+                pipeline = videos.load_pipeline(run, device, mesh)
+            with videos.quant_reported(pipeline, run.directory) if args.report_quant else nullcontext():
+                for i, job in enumerate(todo):
+                    if mesh is not None and i % layout.dp != mesh.place.dp:
+                        continue
+                    pipeline.set_progress_bar_config(disable=not show_progress, desc=job.name, leave=False)
+                    entry = videos.make_video(run, job, pipeline, device, mesh)
+                    finished += 1
+                    if entry is not None:
+                        size = f"{job.video.num_frames} frames of {job.video.height}x{job.video.width}"
+                        line = f"{run.directory / job.name}  {size}, seed {job.seed}, {entry['seconds']:.1f} s"
+                        print(f"[{i + 1}/{len(todo)}] {line}", flush=True)
+            ranks.wait_for_all()
+            if ranks.first:
+                merge_parts(run.directory)
     except KeyboardInterrupt:
-        made = f"{finished} of {len(todo)} videos were made"
-        print(f"interrupted: {made}; the same command with --resume makes the rest", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        if ranks.first:
+            made = f"{finished} of {len(todo)} videos were made" if layout.dp == 1 else "videos that were made are kept"
+            print(f"interrupted: {made}; the same command with --resume makes the rest", file=sys.stderr)
+        return ranks.ended(EXIT_INTERRUPTED)
     return 0
+
+
+def _require_shared(run: Run) -> None:
+    """Every rank must see what the first has written, or each host would have some of the videos."""
+    if not (run.directory / "config.yaml").exists():
+        raise ConfigError(f"--output {run.directory}: not the folder of rank 0; give one that all hosts share")

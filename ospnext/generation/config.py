@@ -103,6 +103,24 @@ class QuantPolicyConfig:
                 object.__setattr__(self, name, tuple(word.strip() for word in given.split(",")))
 
 
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the ranks that torchrun starts divide the work, see docs/parallel.md. Sizes: null is the best choice for the
+    number of ranks. `payload` "hif8" sends the tokens that change ranks in 8 bits. `timeout`: seconds that a rank may
+    wait for another one.
+    """
+
+    dp: int | None = None
+    cfg: int | None = None
+    ssp: int | None = None
+    ulysses: int | None = None
+    payload: Literal["plain", "hif8"] = "plain"
+    timeout: float = 1800
+
+    def __post_init__(self) -> None:
+        _require_range("parallel.timeout", self.timeout, 1, 7 * 24 * 3600)
+
+
 #: Keys of `quant_policy` that act on one of the two only; attention always has one scale per tensor.
 _ACTS_ON = {
     "linears": ("quant",),
@@ -141,6 +159,7 @@ class GenerateConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     transformer: TransformerOverrides = field(default_factory=TransformerOverrides)
     quant_policy: QuantPolicyConfig = field(default_factory=QuantPolicyConfig)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
         _require_range("seed", self.seed, 0, MAX_SEED)

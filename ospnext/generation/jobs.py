@@ -57,6 +57,7 @@ class Run:
             "quant": self.config.quant,
             "quant_attn": self.config.quant_attn,
             "quant_policy": to_dict(self.config.quant_policy),
+            "payload": None if self.config.parallel.payload == "plain" else self.config.parallel.payload,
             "model": str(self.model.resolve()),
         }
 

@@ -1,4 +1,6 @@
-"""`manifest.jsonl`: one line per finished video, with all that is needed to make it again. One writer per folder."""
+"""`manifest.jsonl`: one line per finished video, with all that is needed to make it again. One writer per file: where
+replicas make several videos at a time, each but the first has a part of its own, `manifest.1.jsonl`, until the end.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +13,49 @@ from ospnext import atomic
 from ospnext.errors import ConfigError
 
 FILE_NAME = "manifest.jsonl"
+_PARTS = "manifest.*.jsonl"
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Entries by the name of their video; of several for one name, the last counts. No manifest is an empty one."""
-    path = directory / FILE_NAME
-    if not path.exists():
-        return {}
+    """Entries by the name of their video, those of parts included; of several for one name, the last counts. No
+    manifest is an empty one.
+    """
     entries: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            entries[entry["file"]] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"{path}:{number}: not a manifest entry: {error!r}"
-            raise ConfigError(f"{problem}; delete the line, or choose another --output") from error
+    for path in _files(directory):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                entries[entry["file"]] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                problem = f"{path}:{number}: not a manifest entry: {error!r}"
+                raise ConfigError(f"{problem}; delete the line, or choose another --output") from error
     return entries
 
 
-def append_entry(directory: Path, entry: dict[str, Any]) -> None:
+def append_entry(directory: Path, entry: dict[str, Any], replica: int = 0) -> None:
     """Add one line. The file is rewritten and renamed, so that no reader and no crash ever sees half a line."""
-    path = directory / FILE_NAME
+    path = directory / (_PARTS.replace("*", str(replica)) if replica else FILE_NAME)
+    _append(path, json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def merge_parts(directory: Path) -> None:
+    """Put the parts that a run has left into the manifest. Nobody else may be writing then."""
+    for part in sorted(directory.glob(_PARTS)):
+        _append(directory / FILE_NAME, part.read_text(encoding="utf-8"))
+        part.unlink()
+
+
+def _files(directory: Path) -> list[Path]:
+    own = directory / FILE_NAME
+    return [*([own] if own.exists() else []), *sorted(directory.glob(_PARTS))]
+
+
+def _append(path: Path, lines: str) -> None:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     separator = "\n" if before and not before.endswith("\n") else ""
-    atomic.write_text(path, f"{before}{separator}{json.dumps(entry, ensure_ascii=False)}\n")
+    atomic.write_text(path, f"{before}{separator}{lines}")
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,8 @@ from ospnext.generation import quant_plan
 from ospnext.generation.config import GenerateConfig
 from ospnext.models.config import TransformerConfig
 from ospnext.models.loading import LoadReport
-from ospnext.models.memory import activation_peak, latent_bytes, layout_bytes, text_bytes
+from ospnext.models.memory import activation_peak, latent_bytes, layout_bytes, text_bytes, weight_bytes
+from ospnext.models.parallelize import rank_tokens
 from ospnext.models.quant_policy import QuantPolicy
 from ospnext.models.weights.quantized import Quantization
 from ospnext.ops import HiF8Recipe
@@ -22,6 +23,7 @@ from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.policy import COMPOSITE, current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import select
+from ospnext.parallel.config import ALONE, ParallelConfig
 from ospnext.pipelines.branches import block_flops
 from ospnext.pipelines.layout import Layout
 from ospnext.pipelines.strict_load import read_json
@@ -44,10 +46,16 @@ class Known:
     policy: QuantPolicy | None
     device: torch.device
     free: int | None
+    parallel: ParallelConfig = ALONE
 
     @property
     def branches(self) -> int:
         return 2 if needs_guidance(self.config.sampling.guidance_scale) else 1
+
+    @property
+    def rank_branches(self) -> int:
+        """Of them, those that a rank computes."""
+        return self.branches // self.parallel.cfg
 
 
 @dataclass(frozen=True)
@@ -74,31 +82,40 @@ class MemoryPlan:
 
 
 def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
-    """For videos whose token grid is `grid`. Reads the headers and configs of the checkpoint only."""
-    config, dtype = known.report.config, known.report.dtype
+    """For videos whose token grid is `grid`, on the first rank of those that make one: it has the text encoder and the
+    autoencoder. Reads the headers and configs of the checkpoint only.
+    """
+    config, dtype, held = known.report.config, known.report.dtype, _held(known, grid)
     staying = {
         **_weights(known, layout),
-        "text keys and values": text_bytes(config, dtype, known.branches),
-        "rotary and index tables": layout_bytes(config, grid, dtype),
+        "text keys and values": text_bytes(config, dtype, known.rank_branches),
+        "rotary and index tables": layout_bytes(config, held, dtype),
     }
     kept = sum(amount for name, amount in staying.items() if name != WHILE_LOADING)
     left = None if known.free is None else known.free - kept
-    batched = known.branches > 1 and _batched(known, grid, left)
+    batched = known.rank_branches > 1 and _batched(known, grid, left)
     activations = _activations(known, grid, batched)
     decode, tiled = _decode(known, layout.vae, grid, left)
     parts = {**staying, ACTIVATIONS: sum(activations.values()), DECODE: decode}
     return MemoryPlan(parts, activations, batched, tiled)
 
 
+def _held(known: Known, grid: Grid) -> Grid:
+    """As many tokens as the fullest rank holds: estimates ask how many there are, not where."""
+    if known.parallel.sequence == 1:
+        return grid
+    return 1, 1, max(rank_tokens(known.report.config, grid, known.parallel))
+
+
 def _weights(known: Known, layout: Layout) -> dict[str, int]:
     report = known.report
-    weights = quant_plan.weight_bytes(report.config, report.dtype, known.quantization)
+    weights = weight_bytes(report.config, report.dtype, known.quantization)
     found = {
         "transformer weights": weights,
         "text encoder": _file_bytes(layout.text_encoder),
         "VAE weights": _file_bytes(layout.vae),
     }
-    if loaded := quant_plan.weight_bytes(report.config, report.dtype, report.quantization) - weights:
+    if loaded := weight_bytes(report.config, report.dtype, report.quantization) - weights:
         found[WHILE_LOADING] = loaded
     return found
 
@@ -113,17 +130,17 @@ def _batched(known: Known, grid: Grid, free: int | None) -> bool:
     per_tensor = any(recipe.granularity == "tensor" for recipe in found.linears.values())
     return batches_branches(
         known.config.sampling.batched_guidance,
-        block_flops=block_flops(config, grid, videos=1),
-        activations=sum(activation_peak(config, grid, 2, dtype).values()),
+        block_flops=block_flops(config, grid, videos=1) / known.parallel.sequence,
+        activations=sum(activation_peak(config, grid, 2, dtype).values()) // known.parallel.sequence,
         free=free,
         scales_span_batch=per_tensor or bool(found.attention) or (known.policy or QuantPolicy()).compat != "none",
     )
 
 
 def _activations(known: Known, grid: Grid, batched: bool) -> dict[str, int]:
-    config, dtype = known.report.config, known.report.dtype
-    fused = fused_operators(config, math.prod(grid), dtype, known.device, known.quantization)
-    found = activation_peak(config, grid, 2 if batched else 1, dtype, quantization=known.quantization, fused=fused)
+    config, dtype, held = known.report.config, known.report.dtype, _held(known, grid)
+    fused = fused_operators(config, math.prod(held), dtype, known.device, known.quantization)
+    found = activation_peak(config, held, 2 if batched else 1, dtype, quantization=known.quantization, fused=fused)
     solver = known.config.scheduler.solver or "unipc"
     found["latents, velocities and solver"] = latent_bytes(config, grid, 1, solver=solver, branches=known.branches)
     return {name: amount for name, amount in found.items() if amount}

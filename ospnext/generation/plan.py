@@ -13,12 +13,14 @@ from ospnext.generation import quant_plan
 from ospnext.generation.config import VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
 from ospnext.generation.memory import ACTIVATIONS, Known, MemoryPlan, plan_memory
+from ospnext.generation.parallel import token_grid
 from ospnext.generation.quantization import quant_policy
 from ospnext.generation.videos import transformer_overrides
 from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
 from ospnext.models.layout import block_orders
 from ospnext.models.loading import LoadReport, inspect_checkpoint
+from ospnext.models.parallelize import rank_tokens
 from ospnext.models.quant_policy import QuantPolicy
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.contracts.attention import AttentionRequest
@@ -27,6 +29,7 @@ from ospnext.ops.explain import candidate_lines
 from ospnext.ops.policy import current_policy
 from ospnext.ops.registry import registry
 from ospnext.ops.select import Decision, select
+from ospnext.parallel.config import ALONE, ParallelConfig
 from ospnext.pipelines.layout import Layout, detect_layout
 from ospnext.sparse import Grid, skiparse_plan
 
@@ -43,6 +46,8 @@ class SizePlan:
     forward_tflops: float
     forwards: int
     needs: MemoryPlan
+    #: Of a sample on each of the ranks that share it.
+    rank_tokens: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -72,20 +77,25 @@ class Plan:
     rate: float
     sizes: tuple[SizePlan, ...]
     quant: QuantPolicy | None = None
+    layout: ParallelConfig = ALONE
 
     def text(self) -> str:
         lines = [str(self.checkpoint), f"device    {self.device}   policy: {self.policy}"]
+        if self.layout.world > 1:
+            lines.append(f"ranks     {self.layout.world}: {self.layout}")
         if self.quant is not None:
             lines.append(f"quantize  {quant_plan.in_a_line(self.quant)}")
         for size in self.sizes:
             lines += ["", *_size_lines(size)]
-        total = sum(size.total_tflops for size in self.sizes)
+        total = sum(size.total_tflops for size in self.sizes) / self.layout.world
         need = max(size.peak_memory for size in self.sizes)
         lines += [
             "",
-            f"time     at least {_duration(total * 1e12 / self.rate)}: {total:.4g} TFLOP in the transformer, at the "
-            f"{self.rate / 1e12:.3g} TFLOP/s a matrix product reaches here now",
-            f"memory   about {_gib(need)} at the peak, {_verdict(need, self.free_memory, self.device)}",
+            f"time     at least {_duration(total * 1e12 / self.rate)}: {total:.4g} TFLOP in the transformer"
+            f"{' of a rank' * (self.layout.world > 1)}, at the {self.rate / 1e12:.3g} TFLOP/s a matrix product reaches "
+            "here now",
+            f"memory   about {_gib(need)} at the peak{' of the first rank' * (self.layout.world > 1)}, "
+            f"{_verdict(need, self.free_memory, self.device)}",
         ]
         return "\n".join(lines)
 
@@ -96,26 +106,29 @@ def _verdict(need: int, free: int | None, device: torch.device) -> str:
     return f"{_gib(free)} free on {device}: {'fits' if need <= free else 'does NOT fit'}"
 
 
-def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device) -> Plan:
-    """Plan the videos of `todo`. Reads file headers only; measures one matrix product for a fraction of a second."""
+def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device, parallel: ParallelConfig = ALONE) -> Plan:
+    """Plan the videos of `todo`, made by ranks as `parallel` says. Reads file headers only; measures one matrix product
+    for a fraction of a second.
+    """
     config = run.config
     layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     report = inspect_checkpoint(layout.transformer, dtype=dtype, config_overrides=transformer_overrides(config))
     policy = quant_policy(config)
-    known = Known(config, report, quant_plan.planned(report, policy), policy, device, Device(device).free_memory())
+    free = Device(device).free_memory()
+    known = Known(config, report, quant_plan.planned(report, policy), policy, device, free, parallel)
     videos: dict[VideoConfig, int] = {}
     for job in todo or run.jobs:
         videos[job.video] = videos.get(job.video, 0) + 1
     sizes = tuple(_plan_size(video, count, known, layout) for video, count in videos.items())
     rate = _matmul_rate(device, report.dtype)
-    return Plan(report, device, str(current_policy()), known.free, rate, sizes, policy)
+    return Plan(report, device, str(current_policy()), known.free, rate, sizes, policy, parallel)
 
 
 def _plan_size(video: VideoConfig, count: int, known: Known, layout: Layout) -> SizePlan:
     report, device = known.report, known.device
     config = report.config
-    grid = (video.num_frames - 1) // 4 + 1, video.height // 16, video.width // 16
+    grid = token_grid(video)
     plan = skiparse_plan(grid, config.sparse_ratio)
     kinds = set(block_orders(config.block_kinds)) if config.sparse else set()
     return SizePlan(
@@ -129,6 +142,7 @@ def _plan_size(video: VideoConfig, count: int, known: Known, layout: Layout) -> 
         forward_tflops=forward_flops(config, grid).total / 1e12,
         forwards=known.config.sampling.num_inference_steps * known.branches,
         needs=plan_memory(known, layout, grid),
+        rank_tokens=rank_tokens(config, grid, known.parallel) if known.parallel.sequence > 1 else (),
     )
 
 
@@ -178,6 +192,9 @@ def _size_lines(size: SizePlan) -> list[str]:
     ]
     for kind, lengths in size.subsequences.items():
         lines.append(f"  {kind:<11} {len(lengths)} subsequences of {_lengths(lengths)} tokens")
+    if size.rank_tokens:
+        fewest, most = min(size.rank_tokens), max(size.rank_tokens)
+        lines.append(f"  rank        {f'{most:,}' if fewest == most else f'{fewest:,} to {most:,}'} tokens")
     lines.append(f"  arithmetic  {size.forward_tflops:.4g} TFLOP a forward, {size.forwards} forwards a video")
     lines += _memory_lines(size.needs)
     for name, decision in size.decisions.items():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ospnext.models.config import TransformerConfig
-from ospnext.models.loading import LoadReport, parameter_dtype
+from ospnext.models.loading import LoadReport
 from ospnext.models.quant_policy import LINEARS, QuantPolicy
 from ospnext.models.weights.quantized import Quantization
 from ospnext.models.weights.shapes import parameter_shapes
@@ -29,14 +27,6 @@ def planned(report: LoadReport, policy: QuantPolicy | None) -> Quantization:
         return found
     more = Quantization.of([policy], report.config.num_layers)
     return Quantization({**found.linears, **more.linears}, {**found.attention, **more.attention})
-
-
-def weight_bytes(config: TransformerConfig, dtype: torch.dtype, quantization: Quantization) -> int:
-    """Of the transformer's parameters, codes and scales."""
-    shapes, fixed = quantization.shapes(parameter_shapes(config)), quantization.dtypes
-    return sum(
-        math.prod(shape) * (fixed.get(name) or parameter_dtype(name, dtype)).itemsize for name, shape in shapes.items()
-    )
 
 
 def decisions(

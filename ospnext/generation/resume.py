@@ -35,7 +35,7 @@ def _require_same(path: Path, entry: dict[str, Any] | None, settings: dict[str, 
     advice = "delete the file to make it again, or choose another --output"
     if entry is None:
         raise ConfigError(f"--resume: {path} exists but the manifest does not know it; {advice}")
-    differing = [key for key, value in settings.items() if key not in entry or not _same(entry[key], value)]
+    differing = [key for key, value in settings.items() if not _same(entry.get(key), value)]
     if differing:
         what = "; ".join(f"{key} was {entry.get(key)!r} and is now {settings[key]!r}" for key in differing)
         raise ConfigError(f"--resume: {path} was made with other settings: {what}. Use those again, {advice}")
@@ -44,7 +44,7 @@ def _require_same(path: Path, entry: dict[str, Any] | None, settings: dict[str, 
 
 
 def _same(was: Any, now: Any) -> bool:
-    """Equal; a key of a section that an older version did not write yet counts as null, the default."""
+    """Equal; a key that an older version did not write yet counts as null, the default."""
     if isinstance(was, dict) and isinstance(now, dict):
         return dict.fromkeys(now) | was == now
     return bool(was == now)

@@ -27,6 +27,7 @@ from ospnext.models.loading import inspect_checkpoint
 from ospnext.models.quant_report import QuantReport
 from ospnext.models.quantization import prepare_for_inference
 from ospnext.optional import require
+from ospnext.parallel.mesh import Mesh
 from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
 from ospnext.pipelines.text_to_video import OSPNextPipeline
@@ -55,16 +56,19 @@ def check_quant_report(run: Run) -> None:
     require_reportable(quant_policy(run.config), inspect_checkpoint(transformer))
 
 
-def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
+def load_pipeline(run: Run, device: torch.device, mesh: Mesh | None = None) -> OSPNextPipeline:
     """The checkpoint's pipeline on `device`, with the configured dtypes, quantization, transformer overrides, schedule
-    and solver.
+    and solver. A rank of a mesh shares its videos, and loads text encoder and autoencoder only if it leads.
     """
     config = run.config
+    leading = mesh is None or mesh.leads
     pipeline = OSPNextPipeline.from_pretrained(
         run.model,
         dtype=None if config.dtype is None else getattr(torch, config.dtype),
         vae_dtype=getattr(torch, config.vae_dtype),
         device=device,
+        text_encoder=... if leading else None,
+        vae=... if leading else None,
         transformer_overrides=transformer_overrides(config),
         timestep_rounding=config.transformer.timestep_rounding,
         quant=quant_policy(config),
@@ -75,7 +79,7 @@ def load_pipeline(run: Run, device: torch.device) -> OSPNextPipeline:
     pipeline.schedule = configured_schedule(pipeline.schedule, config.scheduler)
     pipeline.solver = config.scheduler.solver or pipeline.solver
     prepare_for_inference(pipeline.transformer)
-    return pipeline
+    return pipeline if mesh is None else pipeline.share(mesh)
 
 
 @contextmanager
@@ -96,8 +100,13 @@ def configured_schedule(schedule: FlowMatchSchedule, config: SchedulerConfig) ->
     return schedule
 
 
-def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch.device) -> dict[str, Any]:
-    """Sample and encode one video, add its manifest entry, and only then give the file its name. Returns the entry."""
+def make_video(
+    run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch.device, mesh: Mesh | None = None
+) -> dict[str, Any] | None:
+    """Sample and encode one video, add its manifest entry, and only then give the file its name. Returns the entry.
+
+    Ranks of a mesh that do not lead take part in sampling, write nothing and return None.
+    """
     started = time.perf_counter()
     sampling = run.config.sampling
     output = pipeline(
@@ -110,6 +119,8 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
         guidance_scale=sampling.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(job.seed),
     )
+    if mesh is not None and not mesh.leads:
+        return None
     frames_THWC = cast(np.ndarray, cast(OSPNextPipelineOutput, output).frames)[0]
     # A folder of its own, because an interruption at any point then leaves nothing behind.
     with tempfile.TemporaryDirectory(dir=run.directory, prefix=".writing-") as folder:
@@ -120,24 +131,25 @@ def make_video(run: Run, job: VideoJob, pipeline: OSPNextPipeline, device: torch
             **run.settings(job),
             **_schedule_record(pipeline, job.video, sampling.num_inference_steps),
             "backend": backend_record(device),
-            "execution": _execution_record(run.config, pipeline),
+            "execution": _execution_record(run.config, pipeline, mesh),
             "versions": {"ospnext": __version__, "torch": torch.__version__},
             "seconds": round(time.perf_counter() - started, 3),
             "sha256": sha256_of(unnamed),
         }
         # The entry goes first: an entry without its video is made again, a video without its entry would be a riddle.
-        append_entry(run.directory, entry)
+        append_entry(run.directory, entry, 0 if mesh is None else mesh.place.dp)
         os.replace(unnamed, run.directory / job.name)
     return entry
 
 
-def _execution_record(config: GenerateConfig, pipeline: OSPNextPipeline) -> dict[str, Any]:
+def _execution_record(config: GenerateConfig, pipeline: OSPNextPipeline, mesh: Mesh | None) -> dict[str, Any]:
     """How a video was computed, as asked for and as decided: on record, but a resumed run may have it otherwise."""
     return {
         "compile": config.compile,
         "batched_guidance": config.sampling.batched_guidance,
         "vae_tiling": config.vae.tiling,
         **pipeline.decided,
+        **({} if mesh is None else {"ranks": dataclasses.asdict(mesh.config)}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeGuard, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospnext import ops
@@ -28,6 +29,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         return ops.rms_norm(x_BNC, self.weight, self.eps)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose windows do not overlap: one linear of patches, each flattened as the weight is."""
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        return F.linear(patches_BNP, self.weight.flatten(1), self.bias)
 
 
 class AffineLayerNorm(nn.Module):
@@ -168,16 +176,22 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
-    def forward(self, x_BNC: Tensor, time_B6C: Tensor, text_kv_BLHD: tuple[Tensor, Tensor], plan: BlockPlan) -> Tensor:
-        """The last residual addition writes the stream in the order the next block wants."""
+    def project_text(self, text_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, H, D] of the text for this block."""
+        return self.cross_attn.project_text(text_BLC)
+
+    def forward(self, x_BNC: Tensor, time_B6C: Tensor, text: Tensor | tuple[Tensor, Tensor], plan: BlockPlan) -> Tensor:
+        """`text` is what `project_text` gives, or what it takes: then nothing of this block is needed before, nor kept.
+
+        The last residual addition writes the stream in the order the next block wants; `plan.exchange` comes after."""
+        text_kv_BLHD = self.cross_attn.project_text(text) if isinstance(text, Tensor) else text
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time_B6C).unbind(1)
         dtype, sa, ca = x_BNC.dtype, self.self_attn, self.cross_attn
         y_BNC = layer_norm_for((sa.q, sa.k, sa.v), x_BNC, shift_BC=shift_sa, scale_BC=scale_sa, eps=self.eps)
         x_BNC = ops.gate_residual(x_BNC, sa(y_BNC, plan, dtype), gate_sa)
         x_BNC = ops.gate_residual(x_BNC, ca(self.norm3(x_BNC, ca.q), text_kv_BLHD, dtype))
         y_BNC = layer_norm_for((self.ffn[0],), x_BNC, shift_BC=shift_ff, scale_BC=scale_ff, eps=self.eps)
-        x_BNC = ops.gate_residual(x_BNC, self.ffn(y_BNC, dtype), gate_ff, plan.switch)
-        return x_BNC if plan.exchange is None else plan.exchange(x_BNC)
+        return ops.gate_residual(x_BNC, self.ffn(y_BNC, dtype), gate_ff, plan.switch)
 
 
 class Head(nn.Module):

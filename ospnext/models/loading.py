@@ -114,9 +114,7 @@ def load_transformer(
     Raises CheckpointError unless exactly the tensors of the model are there, and ConfigError for a wrong override.
     """
     checked = check_checkpoint(path, dtype=dtype, config_overrides=config_overrides)
-    with torch.device("meta"):
-        model = OSPNextTransformer(checked.report.config, timestep_rounding=timestep_rounding)
-        _quantize_layers(model, checked.report.quantization)
+    model = empty_transformer(checked, timestep_rounding=timestep_rounding)
     for file in checked.checkpoint.files:
         _assign(model, file, checked, torch.device(device))
     if unset := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
@@ -125,6 +123,18 @@ def load_transformer(
             f"{', '.join(unset[:10])}. This is a bug of the model class: it holds state no file has"
         )
     logger.info("loaded %s", checked.report)
+    return model
+
+
+def empty_transformer(
+    checked: CheckedCheckpoint, *, timestep_rounding: TimestepRounding = "none"
+) -> OSPNextTransformer:
+    """The model that `load_transformer` gives, on "meta": its layers, shapes and dtypes, without values."""
+    with torch.device("meta"):
+        model = OSPNextTransformer(checked.report.config, timestep_rounding=timestep_rounding)
+        _quantize_layers(model, checked.report.quantization)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(parameter_dtype(name, checked.report.dtype))
     return model
 
 

@@ -14,8 +14,10 @@ import torch
 
 from ospnext.models.config import TransformerConfig
 from ospnext.models.layout import block_orders
+from ospnext.models.loading import parameter_dtype
 from ospnext.models.quant_policy import ATTENTIONS, LINEARS
 from ospnext.models.weights.quantized import Quantization
+from ospnext.models.weights.shapes import parameter_shapes
 from ospnext.ops import HiF8Recipe
 from ospnext.sparse import Grid
 
@@ -48,6 +50,36 @@ def activation_peak(
         moments += _Block(config, tokens, dtype, fused, recipes, attention, permuted).moments()
     worst = max(moments, key=lambda moment: sum(moment.values()))
     return {**worst, "time and modulation": _conditioning(config, batch, dtype)}
+
+
+def exchange_peak(
+    config: TransformerConfig, tokens: int, whole: int, ssp: int, ulysses: int, dtype: torch.dtype
+) -> int:
+    """While q, k and v go from tokens to heads, for n `tokens` of N of a sample, in elements:
+
+    stream and normalised stream 2 n C; q, k and v 3 n C; they together, head by head 3 n C; the part for each rank, and
+    the parts one after the other 3 n C each. Then the parts are gone and as much has arrived, of all tokens and the
+    heads of this rank; and it is there twice where a group holds several subsequences and takes them apart.
+    """
+    ranks = ssp * ulysses if "full" in config.block_kinds else ulysses
+    pieces = config.sparse_ratio**2 // ssp
+    if ranks == 1:
+        return 0
+    C = config.dim
+    arrived = 3 * whole * -(-config.num_heads // ranks) * config.head_dim
+    elements = 11 * tokens * C + max(3 * tokens * C, arrived)
+    if config.sparse and ulysses > 1:
+        of_group = 3 * min(whole, tokens * ulysses) * -(-config.num_heads // ulysses) * config.head_dim
+        elements = max(elements, 11 * tokens * C + of_group * (2 if pieces > 1 else 1))
+    return dtype.itemsize * elements
+
+
+def weight_bytes(config: TransformerConfig, dtype: torch.dtype, quantization: Quantization) -> int:
+    """Of the transformer's parameters, codes and scales."""
+    shapes, fixed = quantization.shapes(parameter_shapes(config)), quantization.dtypes
+    return sum(
+        math.prod(shape) * (fixed.get(name) or parameter_dtype(name, dtype)).itemsize for name, shape in shapes.items()
+    )
 
 
 def text_bytes(config: TransformerConfig, dtype: torch.dtype, batch: int = 1) -> int:

@@ -24,8 +24,8 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
             and can be trained.
 
     Raises:
-        ConfigError: the model has no such block, or one of the layers is quantized already, or `store` is asked for
-            with a `compat`. The model is then as it was.
+        ConfigError: the model has no such block, or one of the layers is quantized already, or the model is sharded,
+            or `store` is asked for with a `compat`. The model is then as it was.
     """
     layers, recipe = model.config.num_layers, policy.recipe
     if store and policy.compat != "none":
@@ -37,6 +37,8 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
             raise ConfigError(
                 f"{name} is a {type(linear).__name__}: only plain linears can be quantized, and only once"
             )
+        if hasattr(linear.weight, "device_mesh"):  # a DTensor, without importing what defines them
+            raise ConfigError(f"the weight of {name} is sharded: quantize the model first, and shard it then")
     for name, attend in attends.items():
         if attend.recipe is not None or attend.round_trip is not None:
             raise ConfigError(f"{name} is quantized already: attention can be quantized only once")

@@ -74,11 +74,6 @@ def _walk(
     """The placement of each block, and what this rank does after it. Blocks alike share one."""
     plan, shape = skiparse_plan(grid, k), (sequence.ssp, sequence.ulysses)
     held = first_placement(plan, orders[0], *shape)
-    if 0 in held.tokens:
-        raise ConfigError(
-            f"a grid of {grid} tokens leaves rank {held.tokens.index(0)} of {sequence.ranks} without any "
-            f"(ssp {sequence.ssp}, ulysses {sequence.ulysses}): take fewer ranks or a larger video"
-        )
     known: dict[tuple[int, OrderKind], tuple[Placement, list[Switch]]] = {}
     placements = [held]
     steps: list[Switch | None] = []
@@ -92,6 +87,12 @@ def _walk(
         held, of_ranks = known[id(held), following]
         placements.append(held)
         steps.append(of_ranks[sequence.rank])
+    for held in placements:  # on every rank, so that all of them raise
+        if 0 in held.tokens:
+            raise ConfigError(
+                f"a grid of {grid} tokens leaves rank {held.tokens.index(0)} of {sequence.ranks} without any "
+                f"(ssp {sequence.ssp}, ulysses {sequence.ulysses}): take fewer ranks or a larger video"
+            )
     return placements, [*steps, None]
 
 

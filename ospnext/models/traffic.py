@@ -4,6 +4,7 @@ with Ulysses, and of the published OSP-Next. From the config and the grid alone;
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import torch
 from ospnext.errors import ConfigError
 from ospnext.models.config import BlockKind, TransformerConfig
 from ospnext.models.layout import block_orders
+from ospnext.models.quant_policy import LINEARS
+from ospnext.models.weights.quantized import Quantization
 from ospnext.parallel import Placement, first_placement
 from ospnext.parallel.exchange import Payload
 from ospnext.parallel.wire import Transfer, gathered, reduced, side_by_side, switch, total_sent, ulysses
@@ -20,6 +23,8 @@ from ospnext.sparse import Grid, OrderKind, skiparse_plan
 
 #: Of the fp32 scale that travels with the codes of a token.
 SCALE_BYTES = 4
+#: Transfers that a backward pass does not return, or that a checkpointed block does not repeat, by their names.
+SCALE, BETWEEN_BLOCKS = "scale", ("switch", "to sparse", "to full")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Traffic:
         return sum(self.sent) / self.ranks
 
 
+@functools.lru_cache(maxsize=64)
 def placements(config: TransformerConfig, grid: Grid, ssp: int, ulysses_ranks: int) -> dict[OrderKind, Placement]:
     """Which rank holds which tokens while blocks of a kind run. Orders inside a rank are those of a start: they do not
     matter to how many there are.
@@ -52,10 +58,12 @@ def placements(config: TransformerConfig, grid: Grid, ssp: int, ulysses_ranks: i
     Raises:
         ConfigError: the layout does not fit the subsequences, or leaves a rank without a token or without a head.
     """
-    ranks, plan = ssp * ulysses_ranks, skiparse_plan(grid, config.sparse_ratio)
-    if ranks > config.num_heads:
+    plan = skiparse_plan(grid, config.sparse_ratio)
+    sharing = ulysses_ranks * (ssp if "full" in config.block_kinds else 1)
+    if sharing > config.num_heads:
         raise ConfigError(
-            f"ssp {ssp} x ulysses {ulysses_ranks}: full blocks share {config.num_heads} heads, {ranks} ranks are more"
+            f"ssp {ssp} x ulysses {ulysses_ranks}: {sharing} ranks would share {config.num_heads} heads; take as many "
+            "at most"
         )
     try:
         found = {
@@ -67,7 +75,8 @@ def placements(config: TransformerConfig, grid: Grid, ssp: int, ulysses_ranks: i
     for held in found.values():
         if 0 in held.tokens:
             raise ConfigError(
-                f"ssp {ssp} x ulysses {ulysses_ranks}: a grid of {grid} tokens leaves rank {held.tokens.index(0)} without any"
+                f"ssp {ssp} x ulysses {ulysses_ranks}: a grid of {grid} tokens leaves rank {held.tokens.index(0)} "
+                "without any; take fewer ranks or a larger video"
             )
     return found
 
@@ -92,8 +101,7 @@ def forward_traffic(
 
     Args:
         payload: what a switch sends for a token of C channels: s C bytes, or with "hif8" C + 4.
-        shared_scales: fp32 numbers on which the ranks agree in each block, one after the other, as HiFloat8 layers with
-            a scale for the whole tensor ask for it.
+        shared_scales: fp32 numbers on which the ranks agree in each block, one after the other: see `shared_scales`.
 
     Raises:
         ConfigError: as `placements`.
@@ -102,7 +110,7 @@ def forward_traffic(
     held = placements(config, grid, ssp, ulysses_ranks)
     orders = block_orders(config.block_kinds)
     token_bytes = batch * (C * s if payload == "plain" else C + SCALE_BYTES)
-    agreed = [reduced("scale", ranks, SCALE_BYTES)] * (shared_scales if ranks > 1 else 0)
+    agreed = [reduced(SCALE, ranks, SCALE_BYTES)] * (shared_scales if ranks > 1 else 0)
 
     def attended(kind: BlockKind, order: OrderKind) -> list[Transfer]:
         tokens, head_bytes = held[order].tokens, batch * config.head_dim * s
@@ -112,10 +120,9 @@ def forward_traffic(
         of_groups = [ulysses(part, config.num_heads, head_bytes) for part in _in_groups(tokens, group)]
         return [side_by_side(parts[0].name, parts) for parts in zip(*of_groups, strict=True)]
 
-    known = {(kind, order): attended(kind, order) for kind, order in zip(config.block_kinds, orders, strict=True)}
-    switches = {
-        (a, b): switch(held[a], held[b], token_bytes) for a, b in itertools.pairwise(orders) if a != b and ranks > 1
-    }
+    known = {pair: attended(*pair) for pair in dict.fromkeys(zip(config.block_kinds, orders, strict=True))}
+    changes = {(a, b) for a, b in itertools.pairwise(orders) if a != b and ranks > 1}
+    switches = {(a, b): switch(held[a], held[b], token_bytes) for a, b in changes}
     following = (*orders[1:], orders[-1])
     blocks = tuple(
         (*known[kind, order], *agreed, *([switches[order, then]] if (order, then) in switches else []))
@@ -168,22 +175,52 @@ def training_traffic(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     checkpointed: bool,
+    gradient_scales: int = 0,
 ) -> tuple[Transfer, ...]:
-    """Transfers of forward and backward: the adjoint of each goes back what came. The gradients of the text's keys and
-    values are summed over ranks: 2 B text_len C numbers in each block.
+    """Transfers of forward and backward: in the adjoint of each goes back what came. The gradients of the text's keys
+    and values are summed over ranks: B text_len C numbers of each in every block.
 
-    With `checkpointed` blocks, what a block does to attend is done twice: Ulysses takes 3 times 4 V. Its switch comes
-    last, when everything that the backward pass needs has been computed: 2 V.
+    With `checkpointed` blocks, what a block does to attend is done twice: Ulysses takes 3 times 4 V. The switch is not
+    in the block: 2 V.
+
+    Args:
+        gradient_scales: those of gradients, in each block.
     """
-    text = 2 * batch * config.text_len * config.dim * dtype.itemsize
+    ranks = forward.ranks
+    text = reduced("text, backward", ranks, batch * config.text_len * config.dim * dtype.itemsize)
+    of_gradient = reduced(SCALE, ranks, SCALE_BYTES)
     found = list(forward.transfers)
-    for block in forward.blocks:
-        found += [transfer.adjoint for transfer in block]
+    for block in forward.blocks if ranks > 1 else ():
+        found += [transfer.adjoint for transfer in block if transfer.name != SCALE]
         if checkpointed:
-            found += [transfer for transfer in block if transfer.name not in ("switch", "to sparse", "to full")]
-        if forward.ranks > 1:
-            found.append(reduced("text, backward", forward.ranks, text))
+            found += [transfer for transfer in block if transfer.name not in BETWEEN_BLOCKS]
+        found += [text, text, *([of_gradient] * gradient_scales)]
     return (*found, *(transfer.adjoint for transfer in forward.output))
+
+
+def shared_scales(config: TransformerConfig, quantization: Quantization, *, training: bool = False) -> int:
+    """Scales of whole tensors in a block, on the mean of blocks: of what enters q, k and v together, both o, the q of
+    cross-attention, the two linears of the feed-forward, and in training of the text; and of q, k and v of attention,
+    without v where a kernel takes 8 bits.
+    """
+    alone = _per_tensor(quantization, *(name for name in LINEARS if name not in _READING_ALIKE))
+    text = _per_tensor(quantization, "cross_attn.k") if training else 0
+    attention = sum(2 if recipe.attention == "native" else 3 for recipe in quantization.attention.values())
+    return round((alone + text + attention) / config.num_layers)
+
+
+def gradient_scales(config: TransformerConfig, quantization: Quantization) -> int:
+    """The same of gradients: of the result of each linear, and of q, k and v."""
+    return round((_per_tensor(quantization, *LINEARS) + 3 * len(quantization.attention)) / config.num_layers)
+
+
+#: Linears that read what another one reads.
+_READING_ALIKE = ("self_attn.k", "self_attn.v", "cross_attn.k", "cross_attn.v")
+
+
+def _per_tensor(quantization: Quantization, *names: str) -> int:
+    found = quantization.linears.items()
+    return sum(recipe.granularity == "tensor" for name, recipe in found if name.endswith(tuple(f".{n}" for n in names)))
 
 
 def without_sparsity(config: TransformerConfig) -> TransformerConfig:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ospnext import ops
 from ospnext.models.config import TransformerConfig
-from ospnext.models.layers import Block, GeluTanh, Head
-from ospnext.models.layout import StreamLayout, stream_layout
+from ospnext.models.layers import Block, GeluTanh, Head, PatchEmbedding
+from ospnext.models.layout import BlockPlan, StreamLayout, stream_layout
 from ospnext.models.rank_layout import rank_layout
 from ospnext.parallel import SequenceParallel
 from ospnext.sparse import Grid
@@ -51,7 +52,7 @@ class OSPNextTransformer(nn.Module):
         C = config.dim
         self.config = config
         self.timestep_rounding = timestep_rounding
-        self.patch_embedding = nn.Conv3d(config.in_dim, C, config.patch_size, config.patch_size)
+        self.patch_embedding = PatchEmbedding(config.in_dim, C, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, C), GeluTanh(), nn.Linear(C, C))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, C), nn.SiLU(), nn.Linear(C, C))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
@@ -59,12 +60,16 @@ class OSPNextTransformer(nn.Module):
         self.head = Head(config)
         #: The ranks that share a sample with this one; see parallelize.py.
         self.sequence: SequenceParallel | None = None
+        #: Keep of each block but its inputs, and compute the rest again in the backward pass.
+        self.gradient_checkpointing = False
+        #: Dtype of the matrix products where parameters are kept in a wider one; see sharding.py.
+        self.compute_dtype: torch.dtype | None = None
         self._layouts: dict[tuple, StreamLayout] = {}
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the matrix products (norms, modulation and time embedding may be kept wider)."""
-        return self.patch_embedding.weight.dtype
+        return self.compute_dtype or self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -82,31 +87,43 @@ class OSPNextTransformer(nn.Module):
             [B, out_dim, T, H, W] in fp32 (fp64 for an fp64 model).
         """
         grid = self.token_grid(latents_BCTHW)
-        context = text if isinstance(text, TextContext) else self.encode_text(text)
-        self._check(latents_BCTHW, timestep_B, context)
+        texts: Sequence[Tensor | tuple[Tensor, Tensor]]
+        texts = text.keys_values if isinstance(text, TextContext) else [self._embed_text(text)] * len(self.blocks)
+        self._check(latents_BCTHW, timestep_B, texts[0])
         layout = self.layout(grid, latents_BCTHW.shape[0])
         time_BC = self.time_embedding(self._sinusoid(timestep_B))
         time_B6C = self.time_projection(time_BC).unflatten(1, (6, -1))
         x_BNC = self._embed(latents_BCTHW, layout.enter)
-        for block, plan, keys_values in zip(self._blocks(), layout.blocks, context.keys_values, strict=True):
-            x_BNC = block(x_BNC, time_B6C, keys_values, plan)
+        for block, plan, of_block in zip(self._blocks(), layout.blocks, texts, strict=True):
+            x_BNC = self._run(block, x_BNC, time_B6C, of_block, plan)
+            if plan.exchange is not None:
+                x_BNC = plan.exchange(x_BNC)
         patches_BNP = self.head(x_BNC, time_BC)
         if layout.gather is not None:
             patches_BNP = layout.gather(patches_BNP)
         return self._unpatchify(patches_BNP, layout.leave, grid)
 
+    def _run(self, block: Block, x_BNC: Tensor, *others: Tensor | tuple[Tensor, Tensor] | BlockPlan) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x_BNC, *others, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        return block(x_BNC, *others)
+
     def encode_text(self, text_BLC: Tensor) -> TextContext:
         """Project text embeddings [B, text_len, text_dim] once and compute every block's cross-attention keys and
         values.
         """
+        text_BLC = self._embed_text(text_BLC)
+        return TextContext(tuple(block.project_text(text_BLC) for block in self._blocks()))
+
+    def _embed_text(self, text_BLC: Tensor) -> Tensor:
+        """[B, text_len, text_dim] -> [B, text_len, C]."""
         expected = (self.config.text_len, self.config.text_dim)
         if text_BLC.ndim != 3 or tuple(text_BLC.shape[1:]) != expected:
             raise ValueError(
                 f"text embeddings must be [B, {expected[0]}, {expected[1]}], zero beyond the prompt; "
                 f"got {tuple(text_BLC.shape)}"
             )
-        text_BLC = self.text_embedding(text_BLC.to(self.device, self.dtype))
-        return TextContext(tuple(block.cross_attn.project_text(text_BLC) for block in self._blocks()))
+        return self.text_embedding(text_BLC.to(self.device, self.dtype))
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -121,15 +138,15 @@ class OSPNextTransformer(nn.Module):
             )
         return shape[2] // pt, shape[3] // ph, shape[4] // pw
 
-    def _check(self, latents: Tensor, timestep: Tensor, context: TextContext) -> None:
+    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor | tuple[Tensor, Tensor]) -> None:
         batch = latents.shape[0]
         if tuple(timestep.shape) != (batch,) or not timestep.is_floating_point():
             raise ValueError(
                 f"timestep must be floating [{batch}] like the batch of the latents; "
                 f"got {timestep.dtype} {tuple(timestep.shape)}"
             )
-        if context.keys_values[0][0].shape[0] != batch:
-            raise ValueError(f"text has a batch of {context.keys_values[0][0].shape[0]}, latents one of {batch}")
+        if (of_text := len(text if isinstance(text, Tensor) else text[0])) != batch:
+            raise ValueError(f"text has a batch of {of_text}, latents one of {batch}")
 
     def layout(self, grid: Grid, batch: int) -> StreamLayout:
         """Static plan of a token grid and batch size, built once: no index is computed inside a denoising step.
@@ -160,15 +177,13 @@ class OSPNextTransformer(nn.Module):
         return torch.cat((angles.cos(), angles.sin()), dim=1).to(weight.dtype)
 
     def _embed(self, latents_BCTHW: Tensor, enter_N: Tensor | None) -> Tensor:
-        """Patches [B, N, in_dim * patch] in the first block's order, then one linear: the convolution's windows do not
-        overlap.
-        """
+        """Patches [B, N, in_dim * patch] in the first block's order, each embedded."""
         _, ph, pw = self.config.patch_size
         patches = latents_BCTHW.to(self.device, self.dtype).unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
         patches_BNP = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
         if enter_N is not None:
             patches_BNP = patches_BNP[:, enter_N]
-        return F.linear(patches_BNP, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        return self.patch_embedding(patches_BNP)
 
     def _unpatchify(self, patches_BNP: Tensor, leave_N: Tensor | None, grid: Grid) -> Tensor:
         """Back to raster order and to [B, out_dim, T, H, W]; inside a patch the channel is fastest."""

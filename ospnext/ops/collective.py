@@ -133,7 +133,7 @@ def all_to_all(
     if async_op and wants_gradient(x):  # on one rank, too: what runs there must run on more
         raise ValueError("all_to_all: async_op has no gradient; give it x.detach(), or leave async_op out")
     if ranks == 1:
-        return Pending(partial(_copy, x)) if async_op else _copy(x)
+        return _done(_copy(x)) if async_op else _copy(x)
     sent, received = tuple(send_splits), tuple(receive_splits)  # the caller may go on to change its lists
     if wants_gradient(x):
         there = partial(all_to_all, send_splits=sent, receive_splits=received, group=group)
@@ -147,7 +147,7 @@ def all_to_all(
         finish = guarded("all_to_all", x, group, start, x, sent, received, group)
         return Pending(partial(guarded, "wait for all_to_all", x, group, finish))
     out = guarded("all_to_all", x, group, kernel.all_to_all, x, sent, received, group)
-    return Pending(lambda: out) if async_op else out
+    return _done(out) if async_op else out
 
 
 def all_gather(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -282,6 +282,10 @@ def _place(group: ProcessGroup | None) -> tuple[int, int]:
     if rank < 0:
         raise ValueError("this process is not a rank of the group it calls a collective on")
     return ranks, rank
+
+
+def _done(out: Tensor) -> Pending:
+    return Pending(lambda: out)
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ A rank sends, of its x of B bytes among R ranks, to the others (what stays with 
     all_reduce      2 (B - B / R), as a reduce_scatter and an all_gather of the parts
     broadcast       (R - 1) B from the source, 0 from the others
 
-That is what the meaning of the call makes necessary where each part travels once; a transport may send more in rounds, or
-less where the network copies."""
+That is what the meaning of the call makes necessary where each part travels once; a transport may send more in rounds,
+or less where the network copies."""
 
 from __future__ import annotations
 

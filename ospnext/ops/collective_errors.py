@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ospnext.errors import CollectiveError, OSPNextError
-from ospnext.ops.collective_watch import watch_in_force
+from ospnext.ops.collective_watch import waits_for, watch_in_force
 from ospnext.ops.group_store import group_of, names_of
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ def guarded(
         CollectiveError: it raised a RuntimeError, as transports do when a rank is late or gone. Being out of memory, or
             refused by PyTorch as not implemented, stays what it is.
     """
-    watching = watch_in_force()
+    watching, name = watch_in_force(), ""
     if watching is not None:
-        watching.enter(group_of(group).group_name, operation)
+        name = group_of(group).group_name
+        watching.enter(name, operation)
     started = time.monotonic()
     try:
         result = call(*arguments)
@@ -41,26 +42,19 @@ def guarded(
     except RuntimeError as error:
         raise CollectiveError(_failure(operation, x, group, time.monotonic() - started, error)) from error
     if watching is not None:
-        watching.leave(group_of(group).group_name, x.device)
+        watching.leave(name, x.device)
     return result
 
 
 def _failure(operation: str, x: Tensor, group: ProcessGroup | None, seconds: float, error: RuntimeError) -> str:
-    ranks = dist.get_process_group_ranks(group)
+    ranks, watching = dist.get_process_group_ranks(group), watch_in_force()
     dtype = str(x.dtype).removeprefix("torch.")
-    lines = [
-        f"{operation} among {names_of(ranks)} failed on rank {dist.get_rank()} after {seconds:.1f} s, "
-        f"with {dtype} {list(x.shape)} on {x.device}",
-        f"transport: {str(error).strip()}",
-    ]
-    watching = watch_in_force()
+    what = f"{operation} among {names_of(ranks)} failed on rank {dist.get_rank()} after {seconds:.1f} s"
+    sent = f"with {dtype} {list(x.shape)} on {x.device}; transport: {str(error).strip()}"
     if watching is None:
-        lines.append(
-            "where the other ranks are is not known; `with ops.collective.watch(timeout):` around the job tells"
-        )
-    else:
-        lines += watching.whereabouts(group_of(group).group_name, ranks)
-        if reported := watching.reported():
-            lines.append(f"the first to end was {reported}")
-        watching.report(lines[0])
-    return "\n  ".join(lines)
+        unknown = "where the other ranks are is not known; `with ops.collective.watch(timeout):` around the job tells"
+        return "\n  ".join([what, sent, unknown])
+    missing, lines = watching.whereabouts(group_of(group).group_name, ranks)
+    text = "\n  ".join([what + waits_for(missing), sent, *lines])
+    reported = watching.reported()
+    return f"{text}\n  the first to end was {reported.splitlines()[0]}" if reported else text

@@ -1,15 +1,16 @@
-"""`watch`: a job of several ranks ends as a whole, and every rank says why. A thread per rank tells the store of the job
-that the rank lives and which collective it is in; nothing is added to a collective but a note of its name.
+"""`watch`: a job of several ranks ends as a whole, and every rank says why. A thread per rank tells the store of the
+job that the rank lives and which collective it is in; nothing is added to a collective but a note of its name.
 
     with collective.watch(timeout=600):
         train()
 
-What ends a job: a collective that fails, one that is not done in time on its device, a rank that leaves the block by an
-exception, and one that gives no sign of life. Each rank is then given a moment to end by itself, and ended as a launcher
-would: SIGTERM, then SIGKILL."""
+What ends a job: a collective that fails, one that is not done in time on its device, a rank that leaves the block by
+an exception, and one that gives no sign of life. Each rank is then given a moment to end by itself, and ended as a
+launcher would: SIGTERM, then SIGKILL."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,13 +18,18 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from ospnext.ops.group_store import meet
+from ospnext.errors import CollectiveError
+from ospnext.ops.group_store import meet, names_of
+
+_STORE_IS_GONE = "the store of the job, in the process of rank 0 or of the launcher, does not answer"
+
+#: Seconds between two looks at the store while nothing else is to be done.
+_MOMENT = 0.05
 
 _in_force: watch | None = None
 
@@ -32,11 +38,10 @@ def watch_in_force() -> watch | None:
     return _in_force
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this rank is in the collectives of one group: the `count`-th, since `since` (monotonic seconds)."""
+class Place(NamedTuple):
+    """Where this rank is in the collectives of one group: at its `number`-th, since `since` (monotonic seconds)."""
 
-    count: int
+    number: int
     operation: str
     inside: bool
     since: float
@@ -44,7 +49,7 @@ class Place:
     def as_text(self) -> str:
         seconds = time.monotonic() - self.since
         state = f"in it for {seconds:.1f} s" if self.inside else f"left it {seconds:.1f} s ago"
-        return f"{self.operation}, its collective {self.count} of the group: {state}"
+        return f"{self.operation}, its collective {self.number} of the group: {state}"
 
 
 class watch:
@@ -56,9 +61,13 @@ class watch:
         period: seconds between two signs of life.
 
     Raises:
-        CollectiveError: at the end of the block, if other ranks do not reach its end within `timeout`.
+        CollectiveError: at the end of the block, where other ranks fail before they reach it. A rank that is done waits
+            for those that live, however long they take.
         RuntimeError: another watch is in force.
     """
+
+    #: Blocks that this process has entered: each has keys of its own in the store.
+    _entered = 0
 
     def __init__(self, timeout: float, *, period: float | None = None) -> None:
         self.timeout = timeout
@@ -76,7 +85,9 @@ class watch:
         if _in_force is not None:
             raise RuntimeError("a watch is in force already; one watches all groups of the job")
         if self.active:
-            self._store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+            watch._entered += 1
+            store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+            self._store = dist.PrefixStore(f"ospnext/watch/{watch._entered}", store)
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._beats, self._seen = 0, (0, time.monotonic())
             self._beat()
@@ -92,24 +103,52 @@ class watch:
             return
         try:
             if error is None or (isinstance(error, SystemExit) and not error.code):
-                meet("end of the watch", "", None, self.timeout)
+                self._leave_together()
             else:
-                self.report(f"{type(error).__name__}: {error}")
+                self._leave_by(error)
         finally:
             _in_force = None
             self._stop.set()
+
+    def _leave_together(self) -> None:
+        try:
+            self._store.add("done", 1)
+            while self._store.add("done", 0) < self._ranks:
+                if reported := self.reported():
+                    raise CollectiveError(f"rank {self._rank} was done, but the job cannot go on. {reported}")
+                time.sleep(_MOMENT)
+            self._leave()
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            raise CollectiveError(f"rank {self._rank} was done, but {_STORE_IS_GONE}: {_first_line(error)}") from error
+
+    def _leave_by(self, error: BaseException) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.report(str(error) if isinstance(error, CollectiveError) else f"{type(error).__name__}: {error}")
+        with contextlib.suppress(RuntimeError):  # the store may be gone; this rank has its error already
+            self._beat(ended=True)
+            self._leave()
+
+    def _leave(self) -> None:
+        """The store may be in the process of rank 0, which leaves last: others may have to read it."""
+        self._store.add("left", 1)
+        last = time.monotonic() + self.parting
+        while self._rank == 0 and self._store.add("left", 0) < self._ranks and time.monotonic() < last:
+            time.sleep(_MOMENT)
 
     # ---- what the collectives tell
 
     def enter(self, group: str, operation: str) -> None:
         """This rank is in its next collective of the group."""
         last = self._places.get(group)
-        self._places[group] = Place(last.count + 1 if last else 1, operation, True, time.monotonic())
+        self._places[group] = Place(last.number + 1 if last else 1, operation, True, time.monotonic())
 
     def leave(self, group: str, device: torch.device) -> None:
         """It is out of it; a device may have to finish it still."""
         last = self._places[group]
-        self._places[group] = Place(last.count, last.operation, False, time.monotonic())
+        self._places[group] = Place(last.number, last.operation, False, time.monotonic())
         if device.type != "cpu" and (event := _event_behind(device)) is not None:
             self._queued.append((last, group, event))
 
@@ -118,40 +157,53 @@ class watch:
     def report(self, cause: str) -> None:
         """Tell all ranks why this one ends, unless one has told them before."""
         try:
-            if not self._store.check(["ospnext/ended"]):
-                self._store.set("ospnext/ended", f"rank {self._rank}: {cause}")
+            if not self._store.check(["ended"]):
+                self._store.set("ended", f"rank {self._rank}: {cause}")
         except RuntimeError:
             pass  # the store is gone: then nobody is left to be told
 
     def reported(self) -> str:
         """Which rank ended first and why, or "" as far as can be told."""
         try:
-            return self._store.get("ospnext/ended").decode() if self._store.check(["ospnext/ended"]) else ""
+            return self._store.get("ended").decode() if self._store.check(["ended"]) else ""
         except RuntimeError:  # the store is gone, which the next sign of life finds out
             return ""
 
-    def whereabouts(self, group: str, ranks: list[int]) -> list[str]:
-        """A line per rank: the collective of the group that it is in, or that it gives no sign of life."""
+    def whereabouts(self, group: str, ranks: list[int]) -> tuple[list[int], list[str]]:
+        """The ranks that this one waits for in a collective of the group, as far as they can be told, and a line for
+        each rank: the collective of the group that it is in, or that it gives no sign of life.
+        """
         try:
-            first = {rank: self._heard(rank) for rank in ranks}
+            first = {rank: self._heard(rank)["beat"] for rank in ranks}
             time.sleep(2.5 * self.period)
             second = {rank: self._heard(rank) for rank in ranks}
         except RuntimeError as error:
-            return [f"not known: the store of the job, on the host of rank 0, does not answer ({_first_line(error)})"]
-        lines = []
-        for rank in ranks:
-            said = second[rank]["places"].get(group, "no collective of the group yet")
-            silent = second[rank]["beat"] == first[rank]["beat"] and rank != self._rank
-            lines.append(f"rank {rank}: {'no sign of life; last heard: ' if silent else ''}{said}")
-        return lines
+            return [], [f"where the ranks are is not known: {_STORE_IS_GONE} ({_first_line(error)})"]
+        mine = self._places[group]
+        missing, lines = [], []
+        for rank, heard in second.items():
+            place = heard["places"].get(
+                group, {"number": 0, "operation": "", "text": "in no collective of the group yet"}
+            )
+            silent = heard["beat"] == first[rank] and not heard["ended"] and rank != self._rank
+            state = "has ended; " if heard["ended"] else "no sign of life; last heard: " if silent else ""
+            lines.append(f"rank {rank}: {state}{place['text']}")
+            reached = (place["number"], place["operation"]) == (mine.number, mine.operation)
+            if rank != self._rank and (silent or not (reached or place["number"] > mine.number)):
+                missing.append(rank)
+        return missing, lines
 
-    def _beat(self) -> None:
+    def _beat(self, *, ended: bool = False) -> None:
         self._beats += 1
-        places = {group: place.as_text() for group, place in list(self._places.items())}
-        self._store.set(f"ospnext/alive/{self._rank}", json.dumps({"beat": self._beats, "places": places}))
+        places = {
+            group: {"number": place.number, "operation": place.operation, "text": place.as_text()}
+            for group, place in list(self._places.items())
+        }
+        said = {"beat": self._beats, "ended": ended, "places": places}
+        self._store.set(f"alive/{self._rank}", json.dumps(said))
 
     def _heard(self, rank: int) -> dict[str, Any]:
-        return json.loads(self._store.get(f"ospnext/alive/{rank}"))
+        return json.loads(self._store.get(f"alive/{rank}"))
 
     # ---- the thread
 
@@ -161,7 +213,7 @@ class watch:
                 self._beat()
                 cause = self._late() or self._silent() or self.reported()
             except RuntimeError as error:
-                cause = f"the store of the job, on the host of rank 0, does not answer: {_first_line(error)}"
+                cause = f"{_STORE_IS_GONE}: {_first_line(error)}"
             if cause:
                 return self._end(cause)
         return None
@@ -179,10 +231,9 @@ class watch:
             if place.inside and now - place.since > self.timeout + self.parting
         ]
         for place, group in late:
-            self.report(
-                f"{place.operation}, collective {place.count} of its group, is not done after {now - place.since:.1f} s"
-                + "".join(f"\n  {line}" for line in self.whereabouts(group, list(range(self._ranks))))
-            )
+            missing, lines = self.whereabouts(group, list(range(self._ranks)))
+            what = f"{place.operation}, collective {place.number} of its group, is not done after {now - place.since:.1f} s"
+            self.report("\n  ".join([what + waits_for(missing), *lines]))
             return self.reported()
         return ""
 
@@ -198,13 +249,22 @@ class watch:
         return ""
 
     def _end(self, cause: str) -> None:
-        """The end of this process, unless it comes by itself."""
-        if self._stop.wait(self.parting):
-            return
+        """The end of this process, unless it comes by itself. It still lives until then, and says so."""
+        last = time.monotonic() + self.parting
+        while time.monotonic() < last:
+            if self._stop.wait(self.period):
+                return
+            with contextlib.suppress(RuntimeError):  # the store may be what is gone
+                self._beat()
         print(f"ospnext: rank {self._rank} is ended, since the job cannot go on. {cause}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self.parting)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits_for(missing: list[int]) -> str:
+    """The end of a sentence on a collective."""
+    return f": {names_of(missing)} {'is' if len(missing) == 1 else 'are'} not in it" if missing else ""
 
 
 def _event_behind(device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ospnext.errors import ConfigError
 from ospnext.ops.policy import AUTO, current_policy
 from ospnext.ops.registry import ANY_DEVICE, registry
 
@@ -62,6 +63,26 @@ def default_device() -> torch.device:
         manifests = [m for m in known.ordered() if m.offers("attention") and known.probe(m.backend).available]
     types = [t for m in manifests for t in m.device_types if t != ANY_DEVICE]
     return torch.device(types[0] if types else "cpu")
+
+
+def device_of_rank(device: torch.device, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of the `local_world` ranks on this host, of the kind of `device`; it becomes the current one.
+    All ranks share the CPU.
+
+    Raises:
+        ConfigError: the host has fewer devices than ranks.
+    """
+    if device.type == "cpu":
+        return device
+    module: Any = torch.get_device_module(device)
+    if local_world > module.device_count():
+        raise ConfigError(
+            f"{local_world} ranks were started on this host, which has {module.device_count()} devices of type "
+            f"{device.type}, and each rank needs its own: lower --nproc-per-node"
+        )
+    own = torch.device(device.type, local_rank)
+    module.set_device(own)
+    return own
 
 
 def _ram(field: str) -> int:

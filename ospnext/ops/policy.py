@@ -74,6 +74,11 @@ def policy_from_env(environ: Mapping[str, str], known: Registry) -> Policy:
     return _checked(Policy(backend, tuple(ops), frozenset(fallback), table, tuple(source)), known)
 
 
+def variables_set() -> dict[str, str]:
+    """The OSPNEXT_* variables of this process that are set, as they are written there."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
+
+
 def _pairs(text: str) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for word in filter(None, (w.strip() for w in text.split(","))):

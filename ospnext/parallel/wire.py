@@ -1,4 +1,4 @@
-"""Bytes that the ranks of a sample send each other, from where its tokens are. Formulas only: no tensors, nothing is sent.
+"""Bytes that the ranks of a sample send each other, from where its tokens are. Formulas only: nothing is sent.
 
     B   samples                     N   tokens of a sample, n_r of them on rank r      R   ranks
     C   channels                    A   heads, a_r of them computed by rank r          s   bytes of an element
@@ -8,7 +8,8 @@ What a rank keeps is not sent. The counts are those of `ops.collective_bytes`, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Transfer:
 
 def total_sent(transfers: Sequence[Transfer], ranks: int) -> tuple[int, ...]:
     """Bytes that each rank sends in all of them."""
-    return tuple(sum(t.sent[rank] for t in transfers) for rank in range(ranks))
+    return tuple(map(sum, zip(*(t.sent for t in transfers), strict=True))) if transfers else (0,) * ranks
 
 
 def ulysses(tokens: Sequence[int], heads: int, head_bytes: int) -> tuple[Transfer, Transfer]:
@@ -75,6 +76,7 @@ def side_by_side(name: str, transfers: Sequence[Transfer]) -> Transfer:
     return Transfer(name, _matrix(len(of_rank), sent))
 
 
+@functools.lru_cache(maxsize=64)
 def switch(before: Placement, after: Placement, token_bytes: int) -> Transfer:
     """From the subsequences of one kind to those of the other, from i to j: token_bytes |tokens of i before, j after|.
 
@@ -110,5 +112,5 @@ def _owner(placement: Placement) -> torch.Tensor:
     return owner
 
 
-def _matrix(ranks: int, sent) -> Matrix:
+def _matrix(ranks: int, sent: Callable[[int, int], int]) -> Matrix:
     return tuple(tuple(0 if i == j else sent(i, j) for j in range(ranks)) for i in range(ranks))

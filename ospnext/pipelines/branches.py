@@ -15,6 +15,7 @@ from ospnext.models.config import TransformerConfig
 from ospnext.models.flops import forward_flops
 from ospnext.models.memory import activation_peak
 from ospnext.ops.device import Device
+from ospnext.pipelines.replica import Replica
 from ospnext.sparse import Grid
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ Forward = Callable[[Tensor, Tensor, "TextContext"], Tensor]
 class Branches:
     """Velocities of one run, with guidance if `text` has negative embeddings and the scale asks for it.
 
-    `forward` is the transformer, perhaps compiled; `batched` says whether both branches share a call of it.
+    `forward` is the transformer, perhaps compiled; `batched` says whether both branches share a call of it. Where
+    `replica` divides the branches among ranks, this one computes its own and receives the other.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Branches:
         guidance_scale: float,
         *,
         batched: bool,
+        replica: Replica | None = None,
     ) -> None:
         self._transformer, self._forward, self._scale = transformer, forward, guidance_scale
-        self._batched = batched
+        self._batched, self._replica = batched, replica or Replica()
+        self._divided = False
         self._forwards: list[tuple[Tensor, ...]] = []  # embeddings of the branches of each forward of a step
         self._contexts: list[TextContext] = []
         self.replace_text(text)
@@ -57,6 +61,9 @@ class Branches:
         if positive is None:
             raise ConfigError("prompt_embeds must be a tensor, but a callback made it None; leave it out to keep it")
         sides = [positive] if negative is None or not needs_guidance(self._scale) else [positive, negative]
+        self._divided = self._replica.divides_branches and len(sides) > 1
+        if self._divided:
+            sides = [sides[self._replica.branch]]
         forwards: list[tuple[Tensor, ...]] = [tuple(sides)] if self._batched else [(side,) for side in sides]
         known = {_identity(embeds): context for embeds, context in zip(self._forwards, self._contexts, strict=True)}
         self._contexts = [
@@ -73,6 +80,8 @@ class Branches:
             v_cond, v_uncond = self._forward(twice, timestep_B.repeat(2), self._contexts[0]).chunk(2)
             return guide(v_cond, v_uncond, self._scale)
         v_cond, *others = [self._forward(latents_BCTHW, timestep_B, context) for context in self._contexts]
+        if self._divided:
+            v_cond, *others = self._replica.of_branches(v_cond)
         return guide(v_cond, others[0], self._scale) if others else v_cond
 
 
@@ -83,10 +92,11 @@ def _identity(embeds: tuple[Tensor, ...]) -> tuple[int, ...]:
 def batched(setting: BatchedGuidance, transformer: OSPNextTransformer, latents_BCTHW: Tensor) -> bool:
     """`batches_branches` for this transformer, latents and device."""
     config, videos, grid = transformer.config, len(latents_BCTHW), transformer.token_grid(latents_BCTHW)
+    ranks = 1 if transformer.sequence is None else transformer.sequence.ranks
     return batches_branches(
         setting,
-        block_flops=block_flops(config, grid, videos),
-        activations=sum(activation_peak(config, grid, 2 * videos, transformer.dtype).values()),
+        block_flops=block_flops(config, grid, videos) / ranks,
+        activations=sum(activation_peak(config, grid, 2 * videos, transformer.dtype).values()) // ranks,
         free=Device(transformer.device).free_memory() if setting == "auto" else 0,
         scales_span_batch=scales_span_batch(transformer),
     )

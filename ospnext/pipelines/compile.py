@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ospnext.errors import ConfigError
+from ospnext.models.parallelize import NOT_TRACED
 
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer, TextContext
@@ -33,7 +34,7 @@ class CompiledTransformer:
     The last one to compile a transformer decides for all that share it: "off" leaves it as it finds it.
 
     Raises:
-        ConfigError: there is no such mode.
+        ConfigError: there is no such mode, or the transformer shares its samples with other ranks.
     """
 
     def __init__(self, transformer: OSPNextTransformer, mode: CompileMode) -> None:
@@ -44,6 +45,8 @@ class CompiledTransformer:
         self._calls: list[tuple[Any, Any]] = []  # modules, and what they call since they were compiled here
         if mode == "off":
             return
+        if transformer.sequence is not None:
+            raise ConfigError(f"compile={mode}: the transformer shares its samples with other ranks, and {NOT_TRACED}")
         _allow_variants(MAX_SIZES * len(transformer.blocks))
         modules: list[Any] = [transformer, *transformer.blocks]
         for module in modules:

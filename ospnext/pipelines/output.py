@@ -22,7 +22,7 @@ class OSPNextPipelineOutput:
     """`frames` by output type.
 
     "np": [B, T, H, W, 3] and "pt": [B, T, 3, H, W], both fp32 in 0..1. "pil": a list of images per video.
-    "latent": the normalised latents, fp32 [B, C, T, h, w].
+    "latent": the normalised latents, fp32 [B, C, T, h, w]. None on ranks that leave decoding to another one.
     """
 
     frames: np.ndarray | Tensor | list[list[Image]]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ospnext.diffusion import SOLVERS, BatchedGuidance, FlowMatchSchedule, make_solver, needs_guidance
 from ospnext.errors import ConfigError, OSPNextError
+from ospnext.models.parallelize import share_samples
 from ospnext.optional import require
 from ospnext.pipelines import storage
 from ospnext.pipelines.branches import Branches, batched
 from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 from ospnext.pipelines.output import OSPNextPipelineOutput, OutputType, format_frames
+from ospnext.pipelines.replica import Replica
 from ospnext.pipelines.request import (
     NoiseRequest,
     TextRequest,
@@ -32,6 +34,7 @@ from ospnext.pipelines.vae import Tiling, VideoAutoencoder
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer
     from ospnext.models.quant_policy import QuantPolicy
+    from ospnext.parallel.mesh import Mesh
 
 StepCallback = Callable[["OSPNextPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
 
@@ -71,6 +74,7 @@ class OSPNextPipeline:
         self.batched_guidance, self.vae_tiling = batched_guidance, vae_tiling
         self._require_choices()
         self._compiled = CompiledTransformer(transformer, compile)
+        self._replica = Replica()
         self.decided: dict[str, bool] = {}
         self._interrupt = False
         self._progress_bar_config: dict[str, Any] = {}
@@ -129,6 +133,20 @@ class OSPNextPipeline:
         for part in (self.transformer, self.text_encoder, self.vae):
             if part is not None:
                 part.to(device)
+        return self
+
+    def share(self, mesh: Mesh | None) -> OSPNextPipeline:
+        """Make videos together with the other ranks of a replica of `mesh`; None makes this pipeline work alone again.
+
+        All of them then make the same calls with the same arguments. The first encodes text, gives the others text and
+        noise, and decodes: the others need neither text encoder nor autoencoder, and get `frames=None`, or the latents
+        if these are asked for. Callbacks run on all ranks and must do the same on each.
+
+        Raises:
+            ConfigError: the transformer is compiled, or quantizes in a form that ranks cannot share.
+        """
+        share_samples(self.transformer, None if mesh is None else mesh.sequence)
+        self._replica = Replica(mesh)
         return self
 
     @property
@@ -225,7 +243,9 @@ class OSPNextPipeline:
             self._initial_latents(noise), text, num_inference_steps, guidance_scale,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        frames = x_BCTHW if output_type == "latent" else format_frames(self._decode(x_BCTHW), output_type)
+        frames: Any = x_BCTHW
+        if output_type != "latent":
+            frames = format_frames(self._decode(x_BCTHW), output_type) if self._replica.leads else None
         return OSPNextPipelineOutput(frames) if return_dict else (frames,)
 
     def _require_choices(self) -> None:
@@ -235,6 +255,8 @@ class OSPNextPipeline:
                 raise ConfigError(f"{name} must be one of {listing}; got {getattr(self, name)!r}")
 
     def _require_parts(self, texts: Sequence[TextRequest | None], *, decode: bool) -> None:
+        if not self._replica.leads:
+            return
         if self.text_encoder is None and any(text is not None and text.prompts is not None for text in texts):
             raise ConfigError(
                 "this pipeline has no text encoder: pass prompt_embeds, and with guidance negative_prompt_embeds too"
@@ -244,26 +266,30 @@ class OSPNextPipeline:
 
     def _embed(self, request: TextRequest, videos_per_prompt: int, max_tokens: int) -> Tensor:
         """[P * videos_per_prompt, text_len, text_dim] on the transformer's device; padded by zero rows, as in Wan."""
-        text_len = self.transformer.config.text_len
+        text_len, text_dim = self.transformer.config.text_len, self.transformer.config.text_dim
         embeds = request.embeds
-        if embeds is None:
+        if not self._replica.leads:
+            embeds = torch.zeros(request.count, text_len, text_dim)
+        elif embeds is None:
             encoder, prompts = cast(TextEncoder, self.text_encoder), cast(list[str], request.prompts)
             embeds = encoder.encode(prompts, min(max_tokens, text_len))
         embeds_PLC = embeds.to(self.transformer.device, self.transformer.dtype)
         embeds_PLC = torch.nn.functional.pad(embeds_PLC, (0, 0, 0, text_len - embeds_PLC.shape[1]))
-        return embeds_PLC.repeat_interleave(videos_per_prompt, dim=0)
+        return self._replica.from_first(embeds_PLC).repeat_interleave(videos_per_prompt, dim=0)
 
     def _initial_latents(self, noise: NoiseRequest) -> Tensor:
+        return self._replica.from_first(self._noise(noise).to(self.transformer.device, torch.float32))
+
+    def _noise(self, noise: NoiseRequest) -> Tensor:
         if noise.latents is not None:
-            return noise.latents.to(self.transformer.device, torch.float32)
+            return noise.latents
         if noise.generators is None or len(noise.generators) == 1:
             draws = [(noise.shape, noise.generators[0] if noise.generators else None)]
         else:
             draws = [((1, *noise.shape[1:]), generator) for generator in noise.generators]
-        latents_BCTHW = torch.cat(
+        return torch.cat(
             [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape, generator in draws]
         )
-        return latents_BCTHW.to(self.transformer.device)
 
     def _denoise(
         self,
@@ -281,10 +307,12 @@ class OSPNextPipeline:
         # Uploaded at once: each upload waits for all that the device has been given before.
         timesteps = self.schedule.timesteps(sigmas[:-1]).to(latents_BCTHW.device)
         solver = make_solver(self.solver, sigmas)
-        together = needs_guidance(guidance_scale) and batched(self.batched_guidance, self.transformer, latents_BCTHW)
+        together = needs_guidance(guidance_scale) and self._batched(latents_BCTHW)
         if self._compiled.transformer is not self.transformer:  # which may be assigned
             self.compile = self._compiled.mode
-        branches = Branches(self.transformer, self._compiled, text, guidance_scale, batched=together)
+        branches = Branches(
+            self.transformer, self._compiled, text, guidance_scale, batched=together, replica=self._replica
+        )
         self.decided = {"batched": branches.per_forward > 1}
         self._compiled.prepare(latents_BCTHW, len(latents_BCTHW) * branches.per_forward)
         self._interrupt = False
@@ -302,6 +330,16 @@ class OSPNextPipeline:
                 if self._interrupt:
                     break
         return latents_BCTHW
+
+    def _batched(self, latents_BCTHW: Tensor) -> bool:
+        if self._replica.divides_branches:
+            if self.batched_guidance == "on":
+                raise ConfigError(
+                    "batched_guidance='on' is one forward for both branches, which are on different ranks"
+                )
+            return False
+        wanted = batched(self.batched_guidance, self.transformer, latents_BCTHW)
+        return self._replica.all_agree(wanted, latents_BCTHW.device)
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         if not torch.isfinite(latents_BCTHW).all():

@@ -26,6 +26,9 @@ reduce_scatter  sum over ranks, of which rank r keeps its part; the parts are ev
 all_reduce      sum or maximum over ranks. The adjoint of the sum is the sum; the maximum has no gradient.
 broadcast       the tensor of one rank. Adjoint: sum onto that rank; elsewhere x has a gradient of zeros.
 
+all_to_all may be asynchronous: it then returns what is waited for, and x may not change before. An implementation that
+cannot do so exchanges at once.
+
 A rank sees its own parts only: one may ask for an uneven exchange where another asks for an even one, so the
 implementations that a backend chooses for the two must be able to meet.
 
@@ -72,14 +75,38 @@ _KINDS: tuple[tuple[Operation, str, str], ...] = (
     ("all_reduce", "sum", "fp32"),
     ("all_reduce", "max", "fp32"),
     ("broadcast", "", "fp32"),
+    ("all_to_all", "uneven-strided", "fp32"),
+    ("reduce_scatter", "strided", "fp32"),
+    ("all_reduce", "sum-strided", "fp32"),
+    ("broadcast", "strided", "fp32"),
+)
+Form = Literal["plain", "backward", "roundtrip", "async"]
+#: What more is done with an operation: its gradient is taken, its inverse or adjoint applied to the result, or two of
+#: them are on their way at once.
+_FORMS: tuple[tuple[Operation, str, str, Form], ...] = (
+    ("all_to_all", "even-strided", "fp32", "backward"),
+    ("all_to_all", "uneven", "fp32", "backward"),
+    ("all_to_all", "uneven", "bf16", "backward"),
+    ("all_gather", "", "fp32", "backward"),
+    ("all_gather", "strided", "fp32", "backward"),
+    ("reduce_scatter", "", "fp32", "backward"),
+    ("all_reduce", "sum", "fp32", "backward"),
+    ("broadcast", "", "fp32", "backward"),
+    ("all_to_all", "even", "bf16", "roundtrip"),
+    ("all_to_all", "uneven", "fp32", "roundtrip"),
+    ("all_to_all", "uneven", "u8", "roundtrip"),
+    ("all_gather", "", "fp32", "roundtrip"),
+    ("reduce_scatter", "", "fp32", "roundtrip"),
+    ("all_to_all", "even-strided", "fp32", "async"),
+    ("all_to_all", "uneven", "bf16", "async"),
 )
 
 
 def cases() -> Iterator[Case]:
     for ranks in RANKS:
-        for operation, kind, tag in _KINDS:
-            words = "-".join(filter(None, (operation, f"r{ranks}", kind, tag)))
-            uneven = kind == "uneven"
+        for operation, kind, tag, form in (*((*kind, "plain") for kind in _KINDS), *_FORMS):
+            words = "-".join(filter(None, (operation, f"r{ranks}", kind, tag, "" if form == "plain" else form)))
+            uneven = kind.startswith("uneven")
             request = CollectiveRequest(
                 "cpu",
                 _DTYPES[tag],
@@ -90,7 +117,8 @@ def cases() -> Iterator[Case]:
                 reduction="max" if kind == "max" else "sum",
             )
             layout = "last_stride" if kind.endswith("strided") else "contiguous"
-            yield Case(f"collective/required/{words}", "required", request, layout=layout, exact=True)
+            options = {} if form == "plain" else {"form": form}
+            yield Case(f"collective/required/{words}", "required", request, options, layout=layout, exact=True)
 
 
 def part_size(source: int, to: int, uneven: bool) -> int:
@@ -104,13 +132,20 @@ def _rows(operation: Operation, ranks: int, uneven: bool, rank: int) -> int:
     return PART * ranks if operation == "reduce_scatter" else PART
 
 
+def _rows_out(request: CollectiveRequest, rank: int) -> int:
+    if request.operation == "all_to_all":
+        return sum(part_size(source, rank, request.uneven) for source in range(request.ranks))
+    return PART * request.ranks if request.operation == "all_gather" else PART
+
+
 def _inputs(case: Case) -> dict[str, dict[str, Any]]:
     """`rank0`, `rank1`, ... -> the operation and its arguments on that rank."""
     request = case.request
     named = {}
     for rank in range(request.ranks):
         rows = _rows(request.operation, request.ranks, request.uneven, rank)
-        arguments: dict[str, Any] = {"operation": request.operation, "x": _payload(request, rank, rows)}
+        form = case.options.get("form", "plain")
+        arguments: dict[str, Any] = {"form": form, "operation": request.operation, "x": _payload(request, rank, rows)}
         if request.operation == "all_to_all":
             everyone = range(request.ranks)
             arguments["send_splits"] = [part_size(rank, to, request.uneven) for to in everyone]
@@ -119,6 +154,8 @@ def _inputs(case: Case) -> dict[str, dict[str, Any]]:
             arguments["reduction"] = request.reduction
         elif request.operation == "broadcast":
             arguments["source"] = request.ranks - 1
+        if form == "backward":
+            arguments["grad_out"] = _payload(request, rank, _rows_out(request, rank)) + 7  # no gradient is a result
         named[f"rank{rank}"] = arguments
     return named
 
@@ -141,8 +178,7 @@ def _payload(request: CollectiveRequest, rank: int, rows: int) -> Tensor:
 def _oracle(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """What each rank receives, by indexing into what all of them hold."""
     ranks = list(inputs.values())
-    receive = _ORACLES[ranks[0]["operation"]]
-    return {name: receive([r["x"].double() for r in ranks], ranks, rank) for rank, name in enumerate(inputs)}
+    return dict(zip(inputs, _ORACLES_OF_FORMS[ranks[0]["form"]](ranks), strict=True))
 
 
 Arguments = Sequence[Mapping[str, Any]]
@@ -175,17 +211,64 @@ _ORACLES: dict[str, Callable[[Sequence[Tensor], Arguments, int], Tensor]] = {
 }
 
 
+def _received(xs: Sequence[Tensor], arguments: Arguments) -> list[Tensor]:
+    receive = _ORACLES[arguments[0]["operation"]]
+    return [receive(xs, arguments, rank) for rank in range(len(xs))]
+
+
+def _gradients(arguments: Arguments) -> list[Tensor]:
+    """Of what all ranks receive, weighted and summed over all of them, with respect to what each one held."""
+    xs = [each["x"].double().requires_grad_() for each in arguments]
+    total = sum((out * each["grad_out"]).sum() for out, each in zip(_received(xs, arguments), arguments, strict=True))
+    return list(torch.autograd.grad(total, xs, materialize_grads=True))
+
+
+def _round_trips(arguments: Arguments) -> list[Tensor]:
+    xs = [each["x"].double() for each in arguments]
+    if arguments[0]["operation"] == "all_to_all":
+        return xs
+    if arguments[0]["operation"] == "all_gather":
+        return [x * len(xs) for x in xs]
+    return [torch.stack(xs).sum(0)] * len(xs)
+
+
+def _two_exchanges(arguments: Arguments) -> list[Tensor]:
+    pair = [_received([each["x"].double() + more for each in arguments], arguments) for more in (0, 1)]
+    return [torch.cat(both) for both in zip(*pair, strict=True)]
+
+
+_ORACLES_OF_FORMS: dict[Form, Callable[[Arguments], list[Tensor]]] = {
+    "plain": lambda arguments: _received([each["x"].double() for each in arguments], arguments),
+    "backward": _gradients,
+    "roundtrip": _round_trips,
+    "async": _two_exchanges,
+}
+
+
 def _yardstick(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     return {name: out.to(inputs[name]["x"].dtype) for name, out in _oracle(inputs).items()}
 
 
 def _call(inputs: Mapping[str, Any], through: Through = as_is) -> dict[str, Tensor]:
-    """The call of one rank, on the default group; every rank must make its own."""
+    """The calls of one rank, on the default group; every rank must make its own."""
     from ospnext.ops import collective
 
     arguments = dict(inputs)
-    function = getattr(collective, arguments.pop("operation"))
-    return {"out": through(function)(**arguments)}
+    form, name, x = (arguments.pop(key) for key in ("form", "operation", "x"))
+    function = through(getattr(collective, name))
+    if form == "backward":
+        grad_out, x = arguments.pop("grad_out"), x.detach().requires_grad_()
+        return {"out": torch.autograd.grad(function(x, **arguments), x, grad_out)[0]}
+    if form == "roundtrip":
+        out = function(x, **arguments)
+        if name == "all_to_all":
+            return {"out": function(out, arguments["receive_splits"], arguments["send_splits"])}
+        return {"out": collective.reduce_scatter(out) if name == "all_gather" else collective.all_gather(out)}
+    if form == "async":
+        first, second = (function(sent, **arguments, async_op=True) for sent in (x, x + 1))
+        last = second.wait()
+        return {"out": torch.cat((first.wait(), last))}
+    return {"out": function(x, **arguments)}
 
 
 CONTRACT = Contract(
