@@ -27,7 +27,8 @@ from ospnext.planning.text import dense_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 P14, P13 = preset("14B"), preset("1.3B")
-GRIDS = {"720p": (21, 45, 80), "768p": (21, 48, 80)}
+#: The short ones have three frames of latents instead of 21, and divide in the same way.
+GRIDS = {"720p": (21, 45, 80), "768p": (21, 48, 80), "short 720p": (3, 45, 80), "short 768p": (3, 48, 80)}
 H200 = device("h200")
 
 
@@ -48,13 +49,13 @@ def quantization(**policy) -> Quantization:
 
 @pytest.mark.parametrize("gpus", [1, 4, 6, 8, 16])
 def test_every_layout_is_legal_and_the_best_comes_first(gpus: int) -> None:
-    found = rows(question(gpus))
+    found = rows(question(gpus, "short 720p"))
     assert found
     for row in found:
         dp, cfg, ssp, ulysses = sizes(row)
         assert dp * cfg * ssp * ulysses == gpus
         assert cfg in (1, 2) and ssp in (1, 2, 4) and ssp * ulysses <= P14.num_heads
-        assert sum(row.tokens) == 75600 and len(row.tokens) == ssp * ulysses
+        assert sum(row.tokens) == 10800 and len(row.tokens) == ssp * ulysses
     assert len({row.layout for row in found}) == len(found)
     assert all(a.step <= b.step for a, b in itertools.pairwise(found))
 
@@ -71,13 +72,13 @@ def test_without_guidance_there_are_no_branches_to_divide() -> None:
 
 
 def test_uneven_parts_are_told_and_waited_for() -> None:
-    """720P: subsequences of 19,320 and 18,480 tokens. 768P divides evenly."""
-    uneven, even = ({sizes(row): row for row in rows(question(8, grid))} for grid in ("720p", "768p"))
-    assert sorted(set(uneven[1, 2, 4, 1].tokens)) == [18480, 19320]
-    assert uneven[1, 2, 4, 1].imbalance == pytest.approx(19320 / 18900 - 1)
+    """720P: subsequences of 23 or 22 rows of 40 tokens a frame. 768P divides evenly."""
+    uneven, even = ({sizes(row): row for row in rows(question(8, f"short {p}"))} for p in ("720p", "768p"))
+    assert sorted(set(uneven[1, 2, 4, 1].tokens)) == [3 * 22 * 40, 3 * 23 * 40]
+    assert uneven[1, 2, 4, 1].imbalance == pytest.approx(23 / 22.5 - 1)
     assert even[1, 2, 4, 1].imbalance == 0 == pytest.approx(even[1, 2, 4, 1].seconds.waiting, abs=1e-12)
     assert uneven[1, 2, 4, 1].seconds.waiting > 0.01 * uneven[1, 2, 4, 1].step
-    heads = {sizes(row): row for row in rows(question(16, "768p"))}[1, 1, 1, 16]
+    heads = {sizes(row): row for row in rows(question(16, "short 768p"))}[1, 1, 1, 16]
     assert heads.imbalance == 0 and heads.seconds.waiting > 0  # of 40 heads some ranks compute 3 and some 2
 
 
@@ -92,7 +93,7 @@ def test_what_does_not_fit_comes_last() -> None:
 def test_a_number_without_a_layout_lists_those_that_have_one() -> None:
     with pytest.raises(ConfigError, match=r"--gpus 41: no layout with --dp 1 is legal; .*: 1-40, 42, 44, .*80$"):
         rows(question(41, dp=1))
-    assert rows(question(42, dp=1)) and rows(question(41))
+    assert rows(question(42, "short 720p", dp=1)) and rows(question(41, "short 720p"))
     with pytest.raises(ConfigError, match=r"--gpus 13: .*legal numbers: 1-12, 14, 16, 18, 20, 22, 24$"):
         rows(Question(P13, GRIDS["720p"], 13, H200, dp=1))
     with pytest.raises(ConfigError, match="--gpus 0: no layout is legal"):
@@ -104,17 +105,17 @@ def test_a_number_without_a_layout_lists_those_that_have_one() -> None:
 # ---- sums
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (4, 1), (2, 2), (1, 4), (4, 4), (2, 3), (1, 7)])
+@pytest.mark.parametrize("layout", [(1, 1), (4, 1), (2, 2), (4, 4), (2, 3), (1, 7)])
 @pytest.mark.parametrize("config", [P14, without_sparsity(P14)], ids=["sparse", "dense"])
 def test_the_work_of_all_ranks_is_that_of_the_model(layout: tuple[int, int], config) -> None:
     if not config.sparse and layout[0] > 1:
         with pytest.raises(ConfigError):
-            placements(config, GRIDS["720p"], *layout)
+            placements(config, GRIDS["short 720p"], *layout)
         return
-    held = placements(config, GRIDS["720p"], *layout)
+    held = placements(config, GRIDS["short 720p"], *layout)
     orders = block_orders(config.block_kinds)
     works = [block_work(config, k, held[o], layout[1]) for k, o in zip(config.block_kinds, orders, strict=True)]
-    told = forward_flops(config, GRIDS["720p"])
+    told = forward_flops(config, GRIDS["short 720p"])
     assert sum(sum(work.linear) for work in works) == told.linear
     assert sum(sum(work.attention) for work in works) == told.attention + told.cross
 
@@ -200,11 +201,12 @@ def test_an_exchange_takes_its_busiest_rank_and_a_latency() -> None:
 
 def test_groups_that_leave_a_node_are_slower() -> None:
     """Sixteen devices in two nodes: with the branches apart, groups of eight stay in theirs."""
-    found = {sizes(row): row for row in rows(question(16))}
+    ordered = rows(question(16, "short 720p"))
+    found = {sizes(row): row for row in ordered}
     assert found[1, 1, 4, 4].seconds.exchanging > 3 * found[1, 2, 4, 2].seconds.exchanging
-    assert rows(question(16))[0].layout.cfg == 2
+    assert ordered[0].layout.cfg == 2
     # Six ranks do not divide a node: the group in the middle is in both.
-    assert {sizes(row): row for row in rows(question(12))}[2, 1, 2, 3].seconds.latency > 224 * 49e-6
+    assert {sizes(row): row for row in rows(question(12, "short 720p"))}[2, 1, 2, 3].seconds.latency > 224 * 49e-6
 
 
 def test_weights_of_two_nodes_travel_between_them_once() -> None:

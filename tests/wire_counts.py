@@ -139,8 +139,6 @@ def _model(case: Case, groups: dict[int, dist.ProcessGroup]) -> OSPNextTransform
     world = dist.group.WORLD
     sequence = SequenceParallel(case.ssp, case.ulysses, dist.get_rank(), world, groups[case.ulysses], case.payload)
     share_samples(model, sequence)
-    for block in model.blocks:
-        block.cross_attn.attend.kv_group = world  # type: ignore[union-attr]
     return model
 
 

@@ -89,7 +89,7 @@ def _table(body: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _times(row: Row) -> str:
     parts = {**row.seconds.parts, "waiting for weights": row.weights_waiting}
-    said = ", ".join(f"{name} {1e3 * spent:,.1f}" for name, spent in parts.items() if spent)
+    said = ", ".join(f"{name} {1e3 * spent:,.1f}" for name, spent in parts.items() if spent > 1e-6)
     return f"{1e3 * row.step:,.1f} ms: {said}"
 
 
