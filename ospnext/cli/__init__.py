@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSPNextError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except RuntimeError as error:
+        # From `import torch`, which loads what vendors' packages tell it to.
+        if "Failed to load the backend extension" not in str(error):
+            raise
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        print(f"error: import torch: {error} Cause: {cause}. `ospnext doctor` says what is lacking", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -82,6 +89,7 @@ def _run(argv: list[str]) -> int:
     split = rest.index("--") if "--" in rest and parser.get_default("verbatim") is not None else len(rest)
     args = parser.parse_intermixed_args(rest[:split])
     args.verbatim = rest[split + 1 :]
+    args.command_line = argv
     return command.run(args)
 
 
