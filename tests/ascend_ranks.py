@@ -128,6 +128,7 @@ def check_refusals() -> None:
     refuses(RuntimeError, "ReduceOp.BAND", dist.all_reduce, x.int(), dist.ReduceOp.BAND)
     refuses(RuntimeError, "Tensors must be contiguous", dist.all_reduce, x[:, :2])
     refuses(RuntimeError, "No backend type associated with device type cpu", dist.all_reduce, torch.ones(1))
+    refuses(NotImplementedError, "reductions of int16 are not emulated", dist.all_reduce, x.short())
     refuses(NotImplementedError, "lccl", dist.new_group, backend="lccl")
     exchange = [dist.P2POp(dist.isend, x, 1 - RANK), dist.P2POp(dist.irecv, x.clone(), 1 - RANK)]
     refuses(NotImplementedError, "batch_isend_irecv", dist.batch_isend_irecv, exchange)

@@ -13,7 +13,7 @@ import torch
 from host_npu_child import on_host_npu
 
 from ospnext.backends.ascend import collective
-from ospnext.backends.ascend.collective_limits import hccl
+from ospnext.backends.ascend.predicates_collective import hccl
 from ospnext.ops.contracts.collective import CollectiveRequest
 from ospnext.ops.registry import DeviceInfo
 

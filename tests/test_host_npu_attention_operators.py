@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ospnext.conformance.host_npu.operators import attention, infer_attention
+from ospnext.conformance.host_npu.operators import attention, attention_v3, infer_attention
 
 forward, backward = attention.npu_fusion_attention, attention.npu_fusion_attention_grad
 infer = infer_attention.npu_fused_infer_attention_score_v2
@@ -212,6 +212,23 @@ def test_logsumexp_and_one_serve_as_statistics() -> None:
     ours = backward(q, k, v, grad, 3, "BSND", softmax_max=lse, softmax_sum=torch.ones_like(lse), **given)[:3]
     for a, b in zip(own, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+def test_third_form_before_950(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOST_NPU_SOC", "Ascend910B4")
+    x = randn(2, 7, 3, 16)
+    one, three = (
+        forward(x, x, x, 3, "BSND", scale=0.2),
+        attention_v3.npu_fusion_attention_v3(x, x, x, 3, "BSND", scale=0.2),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], three[:3], strict=True))
+    assert [t.tolist() for t in three[4:]] == [[0], [0]]
+    given: dict[str, Any] = dict(zip(("attention_in", "softmax_max", "softmax_sum"), one, strict=False))
+    gradients = (
+        backward(x, x, x, x, 3, "BSND", **given)[:3],
+        attention_v3.npu_fusion_attention_grad_v3(x, x, x, x, 3, "BSND", seed=three[4], offset=three[5], **given)[:3],
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # ---- inference

@@ -6,6 +6,7 @@ reason."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -121,15 +122,19 @@ def entry_points_seen_with(folder: Path) -> list[tuple[str, str]]:
 OURS = [("ospnext_host_npu", "ospnext.conformance.host_npu.autoload:activate")]
 
 
-def test_a_wheel_placed_by_hand_is_used_and_kept(cache: Path) -> None:
+def test_a_wheel_placed_by_hand_is_used_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("torch_npu"):
         pytest.skip("torch_npu is installed here, so that no wheel is looked for")
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: pytest.fail("it was downloaded"))
     placed = write_wheel(cache)
     found = wheel.package(RELEASE)
     assert (found.site, found.folder) == (cache / "site", cache / "site" / "torch_npu")
     assert (found.folder / "__init__.py").exists()
     assert entry_points_seen_with(found.site) == OURS
     assert sorted(path.name for path in cache.iterdir()) == ["site", placed.name]
+    next(found.site.glob("*/entry_points.txt")).write_text("[torch.backends]\nolder = older:activate\n")
+    wheel.package(RELEASE)
+    assert entry_points_seen_with(found.site) == OURS
 
 
 def test_an_installed_package_is_used_where_it_is(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

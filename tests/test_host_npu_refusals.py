@@ -125,6 +125,7 @@ REFUSED: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("packed mask", packed(atten_mask=mask(2, 1, 9, 9)), "atten_mask of a packed call"),
         ("packed row", packed(atten_mask=~mask(5, 5)), "masked out entirely"),
     ],
+    "npu_fusion_attention_v3": [("Ascend 950", dense(), "Ascend 950 does not have it")],
     "npu_fused_infer_attention_score_v2": [
         ("fp32", infer(query=tensor(2, 5, 2, 16)), "float16, bfloat16"),
         ("codes without dtypes", infer(query=codes(2, 5, 2, 16)), "float16, bfloat16"),
@@ -240,6 +241,40 @@ def test_refuses(op: str, named: dict[str, Any], words: str) -> None:
     with pytest.raises(Refused, match=words) as refused:
         K[op](**named)
     assert str(refused.value).startswith(f"npu::{op}: ")
+
+
+#: On the generations before 950: operator -> arguments that are right on a 950.
+BEFORE_950: list[tuple[str, dict[str, Any], str]] = [
+    ("npu_quant_matmul", product(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_add_quant_matmul_", added(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_quantize", static(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_dynamic_quant", dynamic(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_gelu_quant", activation(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_rms_norm_quant", normed(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_quant_fusion_attention", native(), "HiFloat8 is of Ascend 950 only"),
+    ("npu_fused_infer_attention_score_v2", infer(**CODES), "HiFloat8 is of Ascend 950 only"),
+    ("npu_dtype_cast", {"input": tensor(4), "dtype": HIFLOAT8}, "HiFloat8 is of Ascend 950 only"),
+    ("npu_dtype_cast", {"input": codes(4), "dtype": 15, "input_dtype": HIFLOAT8}, "HiFloat8 is of Ascend 950 only"),
+    ("npu_rotary_mul", rotary(rotary_mode="quarter"), "half, interleave before"),
+    ("npu_rotary_mul", rotary(r1=tensor(2, 5, 1, 8), r2=tensor(2, 5, 1, 8), rotary_mode="interleave"), "are shared by"),
+    ("npu_rotary_mul", rotary(input=tensor(500, 5, 2, 8), rotary_mode="interleave"), "at most 999"),
+    ("npu_rotary_mul", {"input": tensor(2, 1, 896), "r1": tensor(2, 1, 896), "r2": tensor(2, 1, 896)}, "at most 894"),
+    (
+        "npu_fused_infer_attention_score_v2",
+        infer(**dict.fromkeys(("query", "key", "value"), bf16(1, 5, 2, 24))),
+        "of 16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "named", "words"), BEFORE_950)
+def test_refuses_before_950(op: str, named: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOST_NPU_SOC", "Ascend910B4")
+    with pytest.raises(Refused, match=words):
+        K[op](**named)
+    monkeypatch.setenv("HOST_NPU_SOC", "Ascend950PR_9599")
+    if not CODES.keys() <= named.keys():
+        K[op](**named)
 
 
 VALID = {

@@ -1,12 +1,14 @@
 """The real torch_npu, on the host NPU: its schemas, meta kernels and autograd formulas are what the Ascend backend was
-written for. One process runs all checks; each is a test here.
+written for. One process for each NPU that is played runs its checks; each is a test here.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,37 @@ from ospnext.errors import ConfigError
 SCRIPT = Path(torch_npu_checks.__file__)
 
 
-@pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run_checks(soc: str, folder: Path) -> dict[str, Any]:
     try:
-        variables = environment()
+        variables = environment({**os.environ, "HOST_NPU_SOC": soc})
     except ConfigError as error:
         pytest.skip(f"torch_npu cannot be had here: {error}")
-    out = tmp_path_factory.mktemp("contract") / "results.json"
+    out = folder / "results.json"
     done = subprocess.run([sys.executable, str(SCRIPT), str(out)], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())["checks"]
+    found = json.loads(out.read_text())
+    assert found["about"]["device"] == soc
+    return found["checks"]
 
 
-@pytest.mark.parametrize("name", torch_npu_checks.CHECKS)
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_checks(torch_npu_checks.SOC, tmp_path_factory.mktemp("contract"))
+
+
+@pytest.mark.parametrize("name", torch_npu_checks.CHECKS[torch_npu_checks.SOC])
 def test_contract(name: str, results: dict[str, Any]) -> None:
     assert results[name]["error"] == ""
+
+
+@pytest.fixture(scope="session")
+def old_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_checks(torch_npu_checks.OLD_SOC, tmp_path_factory.mktemp("contract"))
+
+
+@pytest.mark.parametrize("name", torch_npu_checks.CHECKS[torch_npu_checks.OLD_SOC])
+def test_contract_before_950(name: str, old_results: dict[str, Any]) -> None:
+    assert old_results[name]["error"] == ""
 
 
 def test_every_operator_that_the_backend_calls_is_pinned() -> None:
@@ -63,8 +81,6 @@ def test_comparison_tells_what_changed() -> None:
 
 
 def test_command_exits_by_what_it_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import zipfile
-
     for change, code in ((False, 0), (True, 1)):
         wheel = tmp_path / f"torch_npu-{code}.whl"
         lines = [line.replace("int axis=1", "int axis=-1") if change else line for line in PINNED.values()]

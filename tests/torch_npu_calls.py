@@ -89,6 +89,21 @@ def attention(s: Sizes, make: Maker) -> Calls:
         given = {"softmax_max": make.ones(*statistics), "softmax_sum": make.ones(*statistics), "attention_in": args[3]}
         return npu.npu_fusion_attention_grad(*args, **given, scale_value=d**-0.5, **named)
 
+    def third(*args: Any, **named: Any) -> Any:
+        return npu.npu_fusion_attention_v3(*args, **scale, **named)
+
+    by_tensors = {name: torch.tensor(values) for name, values in ends.items()}
+    numbers = (torch.int64, [1])
+    only_meta: Calls = {
+        "attention v3 BSND": (
+            lambda: third(q, k, k, n, "BSND"),
+            [(BF16, [1, t, n, d]), statistics, statistics, (BF16, [0]), numbers, numbers],
+        ),
+        "attention v3 TND": (
+            lambda: third(q[0], k[0], k[0], n, "TND", **by_tensors),
+            [(BF16, [t, n, d]), (FP32, [t, n, 8]), (FP32, [t, n, 8]), (BF16, [0]), numbers, numbers],
+        ),
+    }
     heads_first = (q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2))
     gradients = [(BF16, [1, t, n, d]), (BF16, [1, x, n, d]), (BF16, [1, x, n, d]), None, (FP32, [0])]
     packed = [(BF16, [t, n, d]), (BF16, [x, n, d]), (BF16, [x, n, d]), None, (FP32, [0])]
@@ -115,6 +130,7 @@ def attention(s: Sizes, make: Maker) -> Calls:
             lambda: backward(q[0], k[0], k[0], q[0], n, "TND", statistics=(t, n, 8), **ends),
             packed,
         ),
+        **(only_meta if make.device == "meta" else {}),
     }
 
 

@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 
-CHECKS: dict[str, Callable[[], None]] = {}
+SOC, OLD_SOC = "Ascend950PR_9599", "Ascend910B4"
+#: Of each NPU that is played: name -> function.
+CHECKS: dict[str, dict[str, Callable[[], None]]] = {SOC: {}, OLD_SOC: {}}
 
 
-def check(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def check(name: str, soc: str = SOC) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Register a function that asserts something about the vendor's package."""
 
     def register(function: Callable[[], None]) -> Callable[[], None]:
-        if name in CHECKS:
+        if name in CHECKS[soc]:
             raise ValueError(f"two checks are named {name}")
-        CHECKS[name] = function
+        CHECKS[soc][name] = function
         return function
 
     return register
@@ -34,7 +36,7 @@ def main(out: Path) -> None:
     import torch_npu
 
     found = {}
-    for name, function in CHECKS.items():
+    for name, function in CHECKS[torch.npu.get_device_name()].items():
         start = time.perf_counter()
         try:
             function()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch_npu_calls import HIFLOAT8
-from torch_npu_checks import check
+from torch_npu_checks import OLD_SOC, check
 
 
 def register() -> None:
@@ -32,6 +32,12 @@ def register() -> None:
     check("no autograd formula for what is quantized")(no_formula)
     check("HiFloat8 casts refuse what requires a gradient")(cast_to_codes_refuses)
     check("autocast is fp16 unless told otherwise")(autocast_dtype)
+    check("attention v3 is not of this NPU")(v3_is_refused)
+    for soc in ({"soc": OLD_SOC}, {}):
+        for masked in (False, True):
+            check(f"autograd SDPA{' masked' if masked else ''}", **soc)(functools.partial(sdpa_gradients, masked))
+    check("HiFloat8 is not of this NPU", OLD_SOC)(hifloat8_is_refused)
+    check("autograd attention BSND", OLD_SOC)(functools.partial(attention_gradients, "BSND", True))
 
 
 def leaves(*shapes: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -86,6 +92,17 @@ def attention_gradients(layout: str, masked: bool) -> None:
     q, k, v = (heads_second(t, layout) for t in theirs)
     right = back(functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.2), layout)
     agree(out, right, ours, theirs, "NpuFusionAttentionBackward0")
+
+
+def sdpa_gradients(masked: bool) -> None:
+    """torch's own operator becomes the vendor's, by another of its forms before 950."""
+    ours, theirs = leaves(*((2, 3, 24, 16),) * 3)
+    keep = (torch.arange(24) < 19).expand(2, 1, 24, 24).contiguous() if masked else None
+    sdpa = functional.scaled_dot_product_attention
+    out = sdpa(*ours, attn_mask=None if keep is None else keep.to("npu"), scale=0.2)
+    right = sdpa(*theirs, attn_mask=keep, scale=0.2)
+    third = "" if torch.npu.get_device_name().startswith("Ascend950") else "V3"
+    agree(out, right, ours, theirs, f"NpuFusionAttention{third}Backward0")
 
 
 def rms_norm_gradients() -> None:
@@ -170,6 +187,16 @@ def cast_to_codes_refuses() -> None:
     x = torch.randn(4, 8).to("npu").requires_grad_()
     _raises("Autograd not support dtype: Byte", lambda: torch.ops.npu.npu_dtype_cast(x, HIFLOAT8))
     assert torch.ops.npu.npu_dtype_cast(x.detach(), HIFLOAT8).dtype == torch.uint8
+
+
+def v3_is_refused() -> None:
+    q = torch.randn(1, 8, 2, 16, device="npu")
+    _raises("Ascend 950 does not have it", lambda: torch.ops.npu.npu_fusion_attention_v3(q, q, q, 2, "BSND"))
+
+
+def hifloat8_is_refused() -> None:
+    x = torch.randn(4, 8, device="npu", dtype=torch.bfloat16)
+    _raises("of Ascend 950 only", lambda: torch.ops.npu.npu_dynamic_quant(x, dst_type=HIFLOAT8, dst_type_max=15.0))
 
 
 def autocast_dtype() -> None:

@@ -27,7 +27,7 @@ def register() -> None:
     for model, sizes in MODELS.items():
         for name in calls(sizes, META):
             check(f"meta {model} {name}")(_gives(sizes, name))
-    for name in calls(SMALL, META):
+    for name in calls(SMALL, Maker("cpu")):
         check(f"device {name}")(_device_agrees(name))
     for name, (_, words) in REFUSED.items():
         check(f"refused {name}")(_is_refused(name, words))
@@ -135,6 +135,12 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "lengths as a tensor": (
         lambda o: _packed(o, actual_seq_qlen=torch.tensor([72]), actual_seq_kvlen=torch.tensor([24])),
         "Optional[List[int]]",
+    ),
+    "lengths of v3 as a list": (
+        lambda o: torch.ops.npu.npu_fusion_attention_v3(
+            o["q"][0], o["k"][0], o["k"][0], 4, "TND", actual_seq_qlen=[72], actual_seq_kvlen=[24]
+        ),
+        "Optional[Tensor]",
     ),
     # The wheel's own meta kernels of these two are broken: a backend that is traced brings its own.
     "npu_quant_fusion_attention": (lambda o: _quant_attention(o, False), "name 'out_dtype' is not defined"),

@@ -23,7 +23,7 @@ MANIFEST = Manifest(
             "ascend.hccl",
             "collective",
             f"{_HERE}.collective:hccl",
-            supports=f"{_HERE}.collective_limits:hccl",
+            supports=f"{_HERE}.predicates_collective:hccl",
             handles=frozenset({"uneven", "reduction"}),
             refusals=(
                 Refusal("ranks", {"ranks": 2}, device={"count": 1}),

@@ -62,6 +62,7 @@ def probe() -> Probe:
                 "torch_npu": torch_npu.__version__,
                 "cann": npu.utils.get_cann_version() or "unknown",
             },
+            played,
         )
     )
 

@@ -2,8 +2,8 @@
 first and refuses what HCCL refuses (over stub libraries it moves nothing); gloo then moves the memory, which is the
 host's.
 
-Calls return when they are done, but for send and receive. What is not here raises: no call may pass
-that moved no data."""
+Calls return when they are done, but for send and receive. What is not here raises: no call may pass that moved no
+data."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class HostProcessGroup(dist.ProcessGroup):
 
     def get_hccl_comm_name(self, rank: int, init_comm: bool = True) -> str:
         """As the vendor's, whose stub has no communicator to name."""
-        return f"host_npu_{self.pg_name}_{rank}"
+        return f"host_npu_{self.pg_name}"
 
     def set_timeout(self, timeout: timedelta) -> None:
         self.gloo.set_timeout(timeout)
@@ -233,6 +233,8 @@ class HostProcessGroup(dist.ProcessGroup):
     @contextlib.contextmanager
     def _sum_for_mean(self, results: Sequence[Tensor], opts: Any) -> Iterator[None]:
         """gloo has no mean, and the vendor's front end divides what it has not summed: a mean is a sum, divided."""
+        if results[0].dtype == torch.int16:
+            raise NotImplementedError("host NPU: reductions of int16 are not emulated: gloo has none")
         mean = opts.reduceOp == ReduceOp.AVG
         if mean:
             opts.reduceOp = ReduceOp.SUM

@@ -4,6 +4,7 @@ Nothing here imports torch or torch_npu; the files are read, and copied into the
 
 from __future__ import annotations
 
+import compileall
 import importlib.metadata
 import importlib.util
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from ospnext.atomic import write_text
 from ospnext.errors import ConfigError
 
 from .whole import whole_folder
@@ -117,9 +119,12 @@ def package(release: Release) -> Package:
     if installed is not None:
         shadow = cache / "entry_point"
         whole_folder(shadow, lambda folder: _write_entry_point(folder, release))
-        return Package(release, shadow, installed)
-    whole_folder(site, lambda folder: _unpack(_wheel(release, folder), release, folder))
-    return Package(release, site, site / "torch_npu")
+        found = Package(release, shadow, installed)
+    else:
+        whole_folder(site, lambda folder: _unpack(_wheel(release, folder), release, folder))
+        found = Package(release, site, site / "torch_npu")
+    _write_entry_point(found.site, release)
+    return found
 
 
 def _tag() -> str:
@@ -167,7 +172,7 @@ def _unpack(wheel: Path, release: Release, folder: Path) -> None:
         archive.extractall(folder, [name for name in archive.namelist() if name != own])
     if wheel.parent == folder:
         wheel.unlink()
-    _write_entry_point(folder, release)
+    compileall.compile_dir(folder / "torch_npu", quiet=2)  # a second at every start where Python may not write
 
 
 def _write_entry_point(folder: Path, release: Release) -> None:
@@ -175,5 +180,7 @@ def _write_entry_point(folder: Path, release: Release) -> None:
     info = folder / f"torch_npu-{release.version}.dist-info"
     info.mkdir(exist_ok=True)
     if not (info / "METADATA").exists():
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {release.version}\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINT)
+        write_text(info / "METADATA", f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {release.version}\n")
+    points = info / "entry_points.txt"
+    if not points.exists() or points.read_text(encoding="utf-8") != ENTRY_POINT:  # an older ospnext may have written it
+        write_text(points, ENTRY_POINT)

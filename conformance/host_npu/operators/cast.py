@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS, HIFLOAT8, decoded, encoded, require_codes, torch_dtype
+from .dtypes import FLOATS, HIFLOAT8, decoded, encoded, require_codes, require_hifloat8, torch_dtype
 from .rules import require, require_dtype
 
 
@@ -36,6 +36,8 @@ def _npu_dtype_cast_backward(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(op: str, x: Tensor, dtype: int | torch.dtype, input_dtype: int | None) -> Tensor:
+    if HIFLOAT8 in (dtype, input_dtype):
+        require_hifloat8(op, "HiFloat8", HIFLOAT8)
     if input_dtype == HIFLOAT8:
         require_codes(op, "input", x)
         to = torch_dtype(op, "dtype", dtype)

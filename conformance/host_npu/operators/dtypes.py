@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from ospnext.numerics import hif8
 
-from .rules import require
+from .rules import is_950, require
 
 #: `torch_npu.hifloat8`: a plain int, since torch has no such dtype. Codes are stored as uint8, or int8.
 HIFLOAT8 = 290
@@ -35,6 +37,12 @@ def torch_dtype(op: str, name: str, number: int | torch.dtype) -> torch.dtype:
         return number
     require(op, number in _BY_NUMBER, f"{name} is not emulated for this dtype", number)
     return _BY_NUMBER[number]
+
+
+def require_hifloat8(op: str, rule: str, *numbers: object) -> None:
+    """Refuse an operator of HiFloat8 that was asked for something else, and on an NPU that does not have it."""
+    require(op, all(number == HIFLOAT8 for number in numbers), rule, ", ".join(map(str, numbers)))
+    require(op, is_950(), "HiFloat8 is of Ascend 950 only", os.environ.get("HOST_NPU_SOC"))
 
 
 def require_codes(op: str, name: str, codes: Tensor) -> None:

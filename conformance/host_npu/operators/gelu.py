@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS, HIFLOAT8, saturated
+from .dtypes import FLOATS, require_hifloat8, saturated
 from .quantize import LARGEST
 from .rules import require, require_dtype, require_shape
 
@@ -53,7 +53,7 @@ def npu_gelu_quant(
     """
     op = "npu_gelu_quant"
     _check(op, input, approximate)
-    require(op, dst_type == HIFLOAT8, "only HiFloat8 is emulated (dst_type 290; None is int8)", dst_type)
+    require_hifloat8(op, "only HiFloat8 is emulated (dst_type 290; None is int8)", dst_type)
     require(op, round_mode != "hybrid", "hybrid rounding is not emulated: its random bits are not documented")
     require(op, round_mode == "round", "round_mode is round for HiFloat8", round_mode)
     require(op, quant_mode in ("static", "dynamic"), "quant_mode is static or dynamic", quant_mode)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .dtypes import HALVES, HIFLOAT8, decoded, encoded, require_codes, torch_dtype
+from .dtypes import HALVES, decoded, encoded, require_codes, require_hifloat8, torch_dtype
 from .layouts import sequences, wide
 from .masks import COMPRESSED, UNLIMITED, Mask, Stored, mask_of
 from .native_attention import values_BNSD
-from .rules import require, require_absent, require_dtype, require_shape
+from .rules import is_950, require, require_absent, require_dtype, require_shape
 from .softmax import LOWEST, attend
 
 OP = "npu_fused_infer_attention_score_v2"
@@ -140,7 +140,7 @@ def npu_fused_infer_attention_score_v2(
     )
     if dtypes == (None, None, None):
         result_dtype = query.dtype
-        operands = _plain(views, scales)
+        operands = _plain(views, scales, packed)
     else:
         result_dtype = torch_dtype(OP, "out_dtype", torch.float16 if out_dtype is None else out_dtype)
         require(OP, result_dtype in HALVES, "out_dtype is float16 or bfloat16", result_dtype)
@@ -216,13 +216,20 @@ def _check_sizes(views: list[list[Tensor]], heads: int, kv_heads: int) -> None:
     require(OP, all(a.shape[1] == b.shape[1] for a, b in zip(k, v, strict=True)), "key and value have as many tokens")
 
 
-def _plain(views: list[list[Tensor]], scales: Sequence[Tensor | None]) -> Operands:
+def _plain(views: list[list[Tensor]], scales: Sequence[Tensor | None], packed: bool) -> Operands:
     require(OP, all(scale is None for scale in scales), "scales are of quantized inputs (query_dtype, ...)")
     dtype = views[0][0].dtype
     for name, parts in zip(("query", "key", "value"), views, strict=True):
         require_dtype(OP, f"{name} without a dtype argument", parts[0], HALVES)
         require(OP, parts[0].dtype == dtype, "query, key and value have one dtype", (dtype, parts[0].dtype))
+        if not is_950():
+            _check_dim_of_910(parts[0].shape[-1], packed)
     return Operands(*views, rounded=lambda p: p)
+
+
+def _check_dim_of_910(dim: int, packed: bool) -> None:
+    require(OP, dim % 16 == 0, "head dimensions are multiples of 16 before Ascend 950", dim)
+    require(OP, not packed or dim in (64, 128), "head dimensions of packed calls are 64 or 128 before Ascend 950", dim)
 
 
 def _coded(
@@ -233,9 +240,7 @@ def _coded(
     layout: str,
 ) -> Operands:
     """Values of HiFloat8 codes."""
-    require(
-        OP, tuple(dtypes) == (HIFLOAT8,) * 3, "query_dtype, key_dtype and value_dtype are all HiFloat8 (290)", dtypes
-    )
+    require_hifloat8(OP, "query_dtype, key_dtype and value_dtype are all HiFloat8 (290)", *dtypes)
     require(OP, layout != "TND", "HiFloat8 goes with BSH, BSND, BNSD and BNSD_BSND", layout)
     require(OP, tuple(modes) == (PER_BLOCK,) * 3, "all three quantization modes are 7, per block, for HiFloat8", modes)
     found = []

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import HIFLOAT8, decoded, encoded, require_codes
+from .dtypes import decoded, encoded, require_codes, require_hifloat8
 from .rules import require, require_dtype, require_shape
 from .softmax import attend, attend_backward
 
@@ -125,7 +125,7 @@ def npu_quant_fusion_attention_backward(
 
 def _check_codes(op: str, codes: dict[str, Tensor], heads: int, layout: str, query_dtype: int | None) -> None:
     require(op, layout == "BSND", "input_layout is BSND", layout)
-    require(op, query_dtype == HIFLOAT8, "query_dtype is HiFloat8 (290)", query_dtype)
+    require_hifloat8(op, "query_dtype is HiFloat8 (290)", query_dtype)
     shape = codes["query"].shape
     for name, tensor in codes.items():
         require_codes(op, name, tensor)

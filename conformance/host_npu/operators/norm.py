@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .dtypes import FLOATS, HALVES, HIFLOAT8, encoded
+from .dtypes import FLOATS, HALVES, encoded, require_hifloat8
 from .rules import require, require_dtype, require_shape
 
 
@@ -66,7 +66,7 @@ def npu_rms_norm_quant(
 ) -> Tensor:
     """HiFloat8 codes of rms_norm(x) * scale + offset: `scale` multiplies."""
     op = "npu_rms_norm_quant"
-    require(op, dst_dtype == HIFLOAT8, "only HiFloat8 is emulated (dst_dtype 290; None is int8)", dst_dtype)
+    require_hifloat8(op, "only HiFloat8 is emulated (dst_dtype 290; None is int8)", dst_dtype)
     require_dtype(op, "x", x, FLOATS)
     for name, tensor in (("gamma", gamma), ("beta", beta)):
         require_dtype(op, name, tensor, (x.dtype,))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS, HIFLOAT8, decoded, require_codes, torch_dtype
+from .dtypes import FLOATS, decoded, require_codes, require_hifloat8, torch_dtype
 from .rules import require, require_absent, require_dtype, require_shape
 
 
@@ -48,8 +48,7 @@ def npu_quant_matmul(
         scale_dtype=scale_dtype,
         group_sizes=group_sizes or None,
     )
-    dtypes = (x1_dtype, x2_dtype)
-    require(op, dtypes == (HIFLOAT8, HIFLOAT8), "only HiFloat8 is emulated (x1_dtype and x2_dtype 290)", dtypes)
+    require_hifloat8(op, "only HiFloat8 is emulated (x1_dtype and x2_dtype 290)", x1_dtype, x2_dtype)
     require(op, output_dtype is not None, "output_dtype is given (None means int8)")
     assert output_dtype is not None
     out_dtype = torch_dtype(op, "output_dtype", output_dtype)
@@ -95,8 +94,7 @@ def npu_add_quant_matmul_(
     op = "npu_add_quant_matmul_"
     require_absent(op, x1_scale_dtype=x1_scale_dtype, x2_scale_dtype=x2_scale_dtype)
     require(op, not group_sizes or list(group_sizes) == [0, 0, 0], "group_sizes is [0, 0, 0] for HiFloat8", group_sizes)
-    dtypes = (x1_dtype, x2_dtype)
-    require(op, dtypes == (HIFLOAT8, HIFLOAT8), "only HiFloat8 is emulated (x1_dtype and x2_dtype 290)", dtypes)
+    require_hifloat8(op, "only HiFloat8 is emulated (x1_dtype and x2_dtype 290)", x1_dtype, x2_dtype)
     require_dtype(op, "input", input, (torch.float32,))
     for name, tensor in (("x1", x1), ("x2", x2)):
         require_codes(op, name, tensor)

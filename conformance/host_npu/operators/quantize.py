@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS, HALVES, HIFLOAT8, saturated
+from .dtypes import FLOATS, HALVES, require_hifloat8, saturated
 from .rules import require, require_absent, require_dtype, require_shape
 
 #: Largest HiFloat8 value; what dst_type_max 0 means.
@@ -26,7 +26,7 @@ def npu_quantize(
     `scales` has one element, or one for each place along `axis`.
     """
     op = "npu_quantize"
-    require(op, dtype == HIFLOAT8, "only HiFloat8 is emulated (dtype 290)", dtype)
+    require_hifloat8(op, "only HiFloat8 is emulated (dtype 290)", dtype)
     require_dtype(op, "input", input, FLOATS)
     require(op, 1 <= input.ndim <= 8, "input has 1 to 8 dimensions", input.ndim)
     require(op, -input.ndim <= axis < input.ndim, f"axis is within {input.ndim} dimensions", axis)
@@ -70,7 +70,7 @@ def npu_dynamic_quant(
     a product with 1 / dst_type_max, as in the published kernels. Nothing is done about zeros, whose scale is 0.
     """
     op = "npu_dynamic_quant"
-    require(op, dst_type == HIFLOAT8, "only HiFloat8 is emulated (dst_type 290; None is int8)", dst_type)
+    require_hifloat8(op, "only HiFloat8 is emulated (dst_type 290; None is int8)", dst_type)
     require_absent(op, smooth_scales=smooth_scales, group_index=group_index)
     require_dtype(op, "input", input, HALVES)
     require(op, 2 <= input.ndim <= 8, "input has 2 to 8 dimensions", input.ndim)

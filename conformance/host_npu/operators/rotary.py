@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from .dtypes import FLOATS
-from .rules import require, require_absent, require_dtype, require_shape
+from .rules import is_950, require, require_absent, require_dtype, require_shape
 
 MODES = ("half", "interleave", "quarter", "interleave-half")
 MOST_DIM = 1024
+
+#: Before Ascend 950: two modes, narrower heads, and in one of them angles for tokens alone.
+MODES_OF_910 = MODES[:2]
+MOST_DIM_OF_910, MOST_OF_910 = 894, 999
 
 
 def _rotated(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -56,6 +60,8 @@ def _check(op: str, x: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
     require(op, head_dim % pairs == 0, f"head dimension is a multiple of {pairs} in mode {mode}", head_dim)
     require(op, head_dim <= MOST_DIM, f"head dimension is at most {MOST_DIM}", head_dim)
     require_shape(op, "r2", r2, r1.shape)
+    if not is_950():
+        _check_910(op, x, r1, mode)
     if x.ndim == 3:
         tokens, heads = x.shape[:2]
         require_shape(op, "r1", r1, (tokens, 1, head_dim), (tokens, heads, head_dim))
@@ -63,6 +69,19 @@ def _check(op: str, x: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
     b, s, n = x.shape[:3]
     leading = [(1, 1, 1), (b, s, n), (b, 1, n), (b, s, 1), (1, 1, n), (1, s, 1), (b, 1, 1)]
     require_shape(op, "r1", r1, *((*sizes, head_dim) for sizes in leading))
+
+
+def _check_910(op: str, x: Tensor, r1: Tensor, mode: str) -> None:
+    require(op, mode in MODES_OF_910, f"rotary_mode is one of {', '.join(MODES_OF_910)} before Ascend 950", mode)
+    rule = f"head dimension is at most {MOST_DIM_OF_910} before Ascend 950"
+    require(op, x.shape[-1] <= MOST_DIM_OF_910, rule, x.shape[-1])
+    if x.ndim == 3 or mode == "half":
+        return
+    shared = [size == 1 for size in r1.shape[:3]]
+    require(op, sum(shared) >= 2, "angles are shared by samples and heads (interleave, before Ascend 950)", r1.shape)
+    tokens = next((dim for dim, one in enumerate(shared) if not one), 1)
+    pairs = x.shape[:3].numel() // max(1, x.shape[tokens])
+    require(op, pairs <= MOST_OF_910, f"samples times heads are at most {MOST_OF_910} before Ascend 950", pairs)
 
 
 def npu_rotary_mul(

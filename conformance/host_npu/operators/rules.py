@@ -4,6 +4,7 @@ found. Only what the documents refuse, and what is not emulated, is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +19,11 @@ def require(op: str, allowed: bool, rule: str, got: object = None) -> None:
     """Raise `Refused` unless `allowed`."""
     if not allowed:
         raise Refused(f"npu::{op}: {rule}" + ("" if got is None else f"; got {got}"))
+
+
+def is_950() -> bool:
+    """Whether the NPU that is played is an Ascend 950; else it is one of the generations before, 910B and 910C."""
+    return (os.environ.get("HOST_NPU_SOC") or "Ascend950").startswith("Ascend950")
 
 
 def require_absent(op: str, **arguments: object) -> None:
