@@ -13,20 +13,15 @@ from ospnext.ops.registry import DeviceInfo
 
 def items(device: DeviceInfo | None) -> Iterator[Item]:
     """Those that concern `device`, in the order to ask them; without one, those for Ascend 950."""
-    from . import attention, casts, division, fused, packs, products, surface
+    from . import attention, casts, division, fused, hif8_attention, packs, products, surface
 
-    if device is None or device.capability == "950":
-        from . import hif8_attention
-
+    hif8 = device is None or device.capability == "950"
+    if hif8:
         yield from casts.items()
-        yield from division.items()
+        yield from division.hif8_items()
         yield from products.hif8_items()
-    else:
-        hif8_attention = None
-    yield from products.items()
-    yield from fused.items()
-    yield from attention.items()
-    yield from packs.items()
-    if hif8_attention is not None:
+    for family in (division, products, fused, attention, packs):
+        yield from family.items()
+    if hif8:
         yield from hif8_attention.items()
     yield from surface.items()

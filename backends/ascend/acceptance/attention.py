@@ -39,7 +39,15 @@ def forward(device: torch.device, q: Tensor, k: Tensor, v: Tensor, scale: float,
 
 
 def backward(
-    device: torch.device, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, **more: Any
+    device: torch.device,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    **more: Any,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv from the statistics that ascend.fusion keeps."""
     operands = (t.to(device) for t in (q, k, v, grad))
@@ -76,7 +84,7 @@ def keyless(device: torch.device) -> Finding:
     modes["atten_mask"] = left_out.to(device)
     out, largest, total = forward(device, q, k, v, 0.125, **modes)
     lse = torch.full((2, 2, 33), -torch.inf)
-    lse[0] = (largest[0, ..., 0] + total[0, ..., 0].log())
+    lse[0] = largest[0, ..., 0] + total[0, ..., 0].log()
     found = backward(device, grad, q, k, v, out.nan_to_num(0.0), lse, 0.125, **modes)
     details = {
         "largest result of the keyless sample": out[1].float().abs().max().item(),
@@ -84,7 +92,9 @@ def keyless(device: torch.device) -> Finding:
         "largest gradient of it": max(t[1].float().abs().max().item() for t in found),
     }
     first = formulas.gradients(grad[:1], q[:1], k[:1], v[:1], 0.125)
-    others = all_of({name: nearest(t[:1], {RIGHT: wanted}, IN_BF16) for name, t, wanted in zip("qkv", found, first, strict=True)})
+    others = all_of(
+        {name: nearest(t[:1], {RIGHT: wanted}, IN_BF16) for name, t, wanted in zip("qkv", found, first, strict=True)}
+    )
     if others.answer != RIGHT:
         return Finding(f"the gradient of the other sample is not right: {others.answer}", {**details, **others.details})
     zeros = [not bool(out[1].any()), all(not bool(t[1].any()) for t in found)]
@@ -100,7 +110,10 @@ def head_sizes(device: torch.device) -> Finding:
         lse = largest[..., 0] + total[..., 0].log()
         wanted = formulas.gradients(grad, q, k, v, 0.125)
         results = {"out": (out, formulas.attention(q, k, v, 0.125)[0])}
-        results |= {f"d{name}": pair for name, *pair in zip("qkv", backward(device, grad, q, k, v, out, lse, 0.125), wanted, strict=True)}
+        results |= {
+            f"d{name}": pair
+            for name, *pair in zip("qkv", backward(device, grad, q, k, v, out, lse, 0.125), wanted, strict=True)
+        }
         for name, (one, other) in results.items():
             found[f"{name} of {dim}"] = nearest(one, {RIGHT: other}, IN_BF16)
     return all_of(found)
@@ -131,7 +144,10 @@ def fp32(device: torch.device) -> Finding:
     lse = largest[..., 0] + total[..., 0].log()
     results = {"out": (out, formulas.attention(q, k, v, 0.125)[0])}
     wanted = formulas.gradients(grad, q, k, v, 0.125)
-    results |= {f"d{name}": pair for name, *pair in zip("qkv", backward(device, grad, q, k, v, out, lse, 0.125), wanted, strict=True)}
+    results |= {
+        f"d{name}": pair
+        for name, *pair in zip("qkv", backward(device, grad, q, k, v, out, lse, 0.125), wanted, strict=True)
+    }
     return all_of({name: nearest(one, {"fp32": other}, IN_FP32) for name, (one, other) in results.items()})
 
 
@@ -205,7 +221,9 @@ def items() -> Iterator[Item]:
         why="predicates.py, fusion: pages allow 1 to 768 and say nothing of alignment",
         calls=("npu_fusion_attention(..., 'BSND')", grad),
         expected={RIGHT: ""},
-        otherwise={"refused": "predicates.py, fusion: want head_dim to be a multiple of 16, with a Refusal 'alignment'"},
+        otherwise={
+            "refused": "predicates.py, fusion: want head_dim to be a multiple of 16, with a Refusal 'alignment'"
+        },
         unforeseen="predicates.py, fusion: want head_dim to be a multiple of 16, with a Refusal 'alignment'",
         ask=head_sizes,
         seconds=10,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ospnext.ops.acceptance import Finding, Item
 
-from .calls import NONE, all_of, nearest, normal, taken, vendors
+from .calls import NONE, all_of, equal_to, nearest, normal, taken, vendors
 from .casts import patterns
 
 RIGHT = "right"
@@ -36,22 +36,23 @@ def rotary(device: torch.device) -> Finding:
         angles = normal(batch, 77, 1, 32, seed=1).repeat_interleave(2, -1)
         cos, sin = angles.cos(), angles.sin()
         out = taken(vendors().npu_rotary_mul, *(t.to(device) for t in (x, cos, sin)), "interleave")
-        ways = {RIGHT: _turned(x, cos, sin, True), "halves": _turned(x, cos, sin, False), "the other way": _turned(x, cos, -sin, True)}
+        ways = {
+            RIGHT: _turned(x, cos, sin, True),
+            "halves": _turned(x, cos, sin, False),
+            "the other way": _turned(x, cos, -sin, True),
+        }
         found[name] = nearest(out, ways, IN_FP32)
     return all_of(found)
 
 
 def rotary_angles(device: torch.device) -> Finding:
-    """One number of x is 1, all others 0: the result shows cos as it was multiplied."""
-    x = torch.ones(1, 512, 1, 2, dtype=torch.bfloat16)
-    x[..., 1] = 0
+    """The first of each pair is 1.375, the other 0: the result is 1.375 times the cosine that was multiplied."""
     angles = torch.linspace(0.1, 1.4, 512)[None, :, None, None].expand(-1, -1, -1, 2)
-    scaled = 256.0 * x  # so that rounding of the result does not hide that of the angle
-    cos = angles.cos().contiguous()
-    tiny = torch.full_like(cos, 2.0**-9) * cos  # cos * 256 and what bf16 would lose
-    out = taken(vendors().npu_rotary_mul, scaled.to(device), (cos + tiny).to(device), angles.sin().contiguous().to(device), "interleave")
-    whole = (256.0 * (cos + tiny)[..., :1]).bfloat16()
-    return nearest(out[..., :1], {"kept": whole, "rounded": 256.0 * (cos + tiny).bfloat16()[..., :1].float()}, 1.0)
+    cos, sin = angles.cos().contiguous(), angles.sin().contiguous()
+    x = torch.tensor([1.375, 0.0]).bfloat16().expand(1, 512, 1, 2).contiguous()
+    out = taken(vendors().npu_rotary_mul, x.to(device), cos.to(device), sin.to(device), "interleave")[..., 0]
+    by = {"kept": (1.375 * cos[..., 0]).bfloat16(), "rounded": (1.375 * cos[..., 0].bfloat16().float()).bfloat16()}
+    return equal_to(cos[..., 0], out, by)
 
 
 def rms_norm(device: torch.device) -> Finding:
@@ -68,7 +69,9 @@ def rms_norm(device: torch.device) -> Finding:
         y, rstd = taken(vendors().npu_rms_norm, *given, EPS)
         near = IN_FP32 if dtype == torch.float32 else IN_BF16
         found[f"y, {name}"] = nearest(y, {RIGHT: inside[0], "epsilon outside the root": outside[0]}, near)
-        found[f"rstd, {name}"] = nearest(rstd.view(65, 1), {RIGHT: inside[1], "epsilon outside the root": outside[1]}, IN_FP32)
+        found[f"rstd, {name}"] = nearest(
+            rstd.view(65, 1), {RIGHT: inside[1], "epsilon outside the root": outside[1]}, IN_FP32
+        )
         dx, dweight = taken(torch.ops.npu.npu_rms_norm_backward, grad.to(device), *given, rstd.to(device))
         wanted = _gradients(x, weight, grad)
         found[f"dx, {name}"] = nearest(dx, {RIGHT: wanted[0]}, near)
@@ -165,7 +168,9 @@ def items() -> Iterator[Item]:
         why="ascend.npu, fused.layer_norm_modulate: the modulation is folded into weight and bias",
         calls=("aten::native_layer_norm", "aten::native_layer_norm_backward"),
         expected={RIGHT: ""},
-        otherwise={"refused": "fused.py, _layer_norm: widen x; OSPNEXT_OPS=fused.layer_norm_modulate=ascend.torch until then"},
+        otherwise={
+            "refused": "fused.py, _layer_norm: widen x; OSPNEXT_OPS=fused.layer_norm_modulate=ascend.torch until then"
+        },
         unforeseen="OSPNEXT_OPS=fused.layer_norm_modulate=ascend.torch",
         ask=layer_norm,
     )

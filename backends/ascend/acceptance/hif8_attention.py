@@ -12,9 +12,6 @@ from torch import Tensor
 from ospnext.numerics import hif8
 from ospnext.ops.acceptance import Finding, Item, RefusedCallError
 
-from ..attention.infer_hif8 import BLOCKS as INFER_BLOCKS
-from ..attention.infer_hif8 import PER_BLOCK
-from ..attention.quant_fusion import BLOCKS as FUSION_BLOCKS
 from ..predicates import QUANT_FUSION_SHAPES
 from . import formulas
 from .calls import nearest, normal, taken, vendors
@@ -23,7 +20,12 @@ SCALE = 0.125
 P_SCALE = hif8.INFO.max_of_3_bits
 AS_DOCUMENTED = "as documented"
 BLOCKS_OF_512 = "scales are of 512 tokens each"
-UNSCALED, TIMES, OVER, UNROUNDED = "HiF8, without a scale", "HiF8 of 15 times them", "HiF8 of a 15th of them", "not rounded"
+UNSCALED, TIMES, OVER, UNROUNDED = (
+    "HiF8, without a scale",
+    "HiF8 of 15 times them",
+    "HiF8 of a 15th of them",
+    "not rounded",
+)
 #: Rounding of the result is 2^-9; a wrong scale is off by a factor, another rounding of probabilities by 1e-2 and more.
 SAME_SCALES, SAME_ROUNDING = 2.0**-3, 2.0**-7
 COMPOSED = "OSPNEXT_OPS=native_attention=composite, which is 8 bits for q, k and v and bf16 inside"
@@ -35,7 +37,7 @@ class Operands:
     Key 0 has the largest logit of every row, so that a kernel which goes over the keys in blocks has the largest from
     the first block on; its value is 0."""
 
-    def __init__(self, shape: tuple[int, int, int, int, int], blocks: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], blocks: Sequence[int]) -> None:
         batch, q_len, kv_len, heads, dim = shape
         x = [0.7 * normal(batch, n, heads, dim, seed=seed) for seed, n in enumerate((q_len, kv_len, kv_len))]
         x[0][..., 0], x[1][..., 0], x[1][:, 0, :, 0], x[2][:, 0] = 4.0, 0.0, 12.0, 0.0
@@ -67,32 +69,36 @@ def _round_trip(factor: float, p: Tensor) -> Tensor:
     return hif8.round_to_grid(p * factor) / factor
 
 
-def infer(device: torch.device, operands: Operands) -> Tensor:
-    npu, heads = vendors(), operands.codes[0].shape[2]
+def infer(device: torch.device, *shape: int) -> tuple[Tensor, Operands]:
+    """(the result, what was handed over)."""
+    from ..attention.infer_hif8 import BLOCKS, PER_BLOCK
+
+    npu, operands, heads = vendors(), Operands(shape, BLOCKS), shape[3]
     codes = (t.to(device) for t in operands.codes)
     names = ("dequant_scale_query", "dequant_scale_key", "dequant_scale_value")
     scales = {name: t.to(device) for name, t in zip(names, operands.scales, strict=True)}
     modes = dict.fromkeys(("query_quant_mode", "key_quant_mode", "value_quant_mode"), PER_BLOCK)
     dtypes = dict.fromkeys(("query_dtype", "key_dtype", "value_dtype"), npu.hifloat8)
-    return taken(
+    out, _ = taken(
         npu.npu_fused_infer_attention_score_v2, *codes, num_query_heads=heads, num_key_value_heads=heads,
         input_layout="BSND", softmax_scale=SCALE, out_dtype=torch.bfloat16, **scales, **modes, **dtypes,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return out, operands
 
 
 def infer_scales(device: torch.device) -> Finding:
-    operands = Operands((2, 300, 700, 2, 64), INFER_BLOCKS)
-    return nearest(infer(device, operands), {AS_DOCUMENTED: operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
+    out, operands = infer(device, 2, 300, 700, 2, 64)
+    return nearest(out, {AS_DOCUMENTED: operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
 
 
 def infer_probabilities(device: torch.device) -> Finding:
-    operands = Operands((2, 300, 700, 2, 64), INFER_BLOCKS)
-    return nearest(infer(device, operands), operands.by_rounding(), SAME_ROUNDING)
+    out, operands = infer(device, 2, 300, 700, 2, 64)
+    return nearest(out, operands.by_rounding(), SAME_ROUNDING)
 
 
 def infer_one_query(device: torch.device) -> Finding:
-    operands = Operands((1, 1, 700, 2, 64), INFER_BLOCKS)
-    return nearest(infer(device, operands), {"taken": operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
+    out, operands = infer(device, 1, 1, 700, 2, 64)
+    return nearest(out, {"taken": operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
 
 
 def fusion(device: torch.device, operands: Operands, **more: Any) -> Tensor:
@@ -111,9 +117,11 @@ def fusion(device: torch.device, operands: Operands, **more: Any) -> Tensor:
 @functools.cache
 def _documented_shape(device: torch.device) -> tuple[str, Tensor, dict[str, Tensor]]:
     """(whose scales were taken, some rows of the result, those rows under each way of rounding)."""
+    from ..attention.quant_fusion import BLOCKS
+
     rows = slice(0, None, 113)
     shape = QUANT_FUSION_SHAPES[-1]
-    for words, blocks in ((AS_DOCUMENTED, FUSION_BLOCKS), (BLOCKS_OF_512, (512, 512, 512))):
+    for words, blocks in ((AS_DOCUMENTED, BLOCKS), (BLOCKS_OF_512, (512, 512, 512))):
         operands = Operands(shape, blocks)
         try:
             out = fusion(device, operands)
@@ -136,7 +144,9 @@ def fusion_probabilities(device: torch.device) -> Finding:
 
 
 def fusion_other_shape(device: torch.device) -> Finding:
-    operands = Operands((1, 256, 512, 2, 128), FUSION_BLOCKS)
+    from ..attention.quant_fusion import BLOCKS
+
+    operands = Operands((1, 256, 512, 2, 128), BLOCKS)
     return nearest(fusion(device, operands), {"taken": operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
 
 

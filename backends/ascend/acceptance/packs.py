@@ -20,7 +20,11 @@ from .calls import all_of, nearest, normal, taken, vendors
 HEADS, DIM, SCALE = 3, 64, 0.125
 #: Queries and keys of each sequence: of other lengths, none a multiple of 8.
 LENGTHS = ((33, 129), (7, 301), (90, 5))
-BLOCKS, ONE_BLOCK, BY_TOKEN = "a block [H, S, 8] for each sequence", "one block [H, T, 8]", "[T, H, 8], as its shape says"
+BLOCKS, ONE_BLOCK, BY_TOKEN = (
+    "a block [H, S, 8] for each sequence",
+    "one block [H, T, 8]",
+    "[T, H, 8], as its shape says",
+)
 
 
 def pack(lengths: Sequence[tuple[int, int]]) -> list[Tensor]:

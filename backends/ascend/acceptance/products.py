@@ -147,7 +147,9 @@ def hif8_items() -> Iterator[Item]:
         why="ascend.hif8 uses this form for everything",
         calls=(call,),
         expected={FP32: ""},
-        otherwise={CUT: "quantized_linear.py, _of_codes: multiply with scales of 1 and scale outside, as for one element"},
+        otherwise={
+            CUT: "quantized_linear.py, _of_codes: multiply with scales of 1 and scale outside, as for one element"
+        },
         unforeseen=f"{QDQ}, and read the distances in the details",
         ask=row_and_column,
     )

@@ -59,7 +59,10 @@ def exchange(device: torch.device) -> Finding:
     code = f"from {__name__} import serve; import sys; serve(*map(int, sys.argv[1:]))"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-c", code, str(rank), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(RANKS)
     ]
@@ -83,7 +86,9 @@ def serve(rank: int, port: int) -> None:
     sent = (torch.arange(8 * 256, dtype=torch.int32) * (rank + 1) % 256).to(torch.uint8).view(8, 256)
     out = torch.zeros(parts[rank] * RANKS, 256, dtype=torch.uint8, device=device)
     dist.all_to_all_single(out, sent.to(device), [parts[rank]] * RANKS, parts)
-    all_sent = [(torch.arange(8 * 256, dtype=torch.int32) * (r + 1) % 256).to(torch.uint8).view(8, 256) for r in range(RANKS)]
+    all_sent = [
+        (torch.arange(8 * 256, dtype=torch.int32) * (r + 1) % 256).to(torch.uint8).view(8, 256) for r in range(RANKS)
+    ]
     wanted = torch.cat([t.split(parts)[rank] for t in all_sent])
     assert out.cpu().equal(wanted), f"{int((out.cpu() != wanted).sum())} bytes differ"
     dist.destroy_process_group()
