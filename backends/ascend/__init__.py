@@ -16,7 +16,11 @@ MANIFEST = Manifest(
     device_types=("npu",),
     probe=f"{_HERE}.device:probe",
     priority=100,
-    needs="an Ascend NPU with its driver, CANN (source its set_env.sh), and torch_npu of the same version as torch",
+    needs="an Ascend NPU with its driver, CANN (source its set_env.sh), and torch_npu of the same version as torch; "
+    "docs/ascend.md says which versions",
+    without_device="`ospnext conformance run --backend ascend --host-npu` judges it on an NPU emulated in host memory, "
+    "and `python -m ospnext.conformance.host_npu $(which ospnext) COMMAND` runs any command there (docs/host_npu.md)",
+    acceptance=f"{_HERE}.acceptance:items",
     implementations=(
         *ATTENTION,
         Implementation(

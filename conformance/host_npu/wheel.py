@@ -42,12 +42,20 @@ class Release:
 
     version: str
     hard_symbols: int
-    pythons: tuple[str, ...]
+    pythons: tuple[str, ...] = ("3.11", "3.12", "3.13", "3.14")
     machines: tuple[str, ...] = ("x86_64", "aarch64")
 
 
-#: Version of torch -> its torch_npu.
-RELEASES: Mapping[str, Release] = MappingProxyType({"2.13.0": Release("2.13.0", 84, ("3.11", "3.12", "3.13", "3.14"))})
+#: Version of torch -> its newest torch_npu. The first is developed with; docs/ascend_versions.md says what was run with
+#: the others.
+RELEASES: Mapping[str, Release] = MappingProxyType(
+    {
+        "2.13.0": Release("2.13.0", 84),
+        "2.14.0": Release("2.14.0", 84),
+        "2.12.0": Release("2.12.0.post3", 80),
+        "2.11.0": Release("2.11.0.post3", 80),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ COMMANDS = {
     "conformance run": ("ospnext.cli.conformance_run", "judge a backend by the conformance suite"),
     "conformance list": ("ospnext.cli.conformance_list", "print the ids of the conformance checks"),
     "conformance verify": ("ospnext.cli.conformance_verify", "check a conformance report without running anything"),
+    "conformance device-acceptance": (
+        "ospnext.cli.conformance_acceptance",
+        "ask new hardware what only a device can answer",
+    ),
 }
 
 EXIT_ERROR = 2

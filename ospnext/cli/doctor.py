@@ -89,6 +89,7 @@ def _backend(manifest: Any, known: Any) -> dict[str, Any]:
         "available": probe.available,
         "reasons": [dataclasses.asdict(reason) for reason in probe.reasons],
         "needs": manifest.needs,
+        "without_device": manifest.without_device,
         "device": dataclasses.asdict(probe.device) if probe.device else None,
         "kernels": {name: [_kernel(i, known) for i in manifest.offers(name)] for name in CONTRACTS},
         # Those made of other contracts run on these, so that they say nothing of their own.
@@ -141,7 +142,8 @@ def _backend_lines(backend: dict[str, Any]) -> list[str]:
         lines.append(f"    device     {device['name']}{memory}")
     lines += [f"    lacking    {r['code']}: {r['got']}; want {r['want']}" for r in backend["reasons"]]
     if not backend["available"]:
-        return [*lines, f"    needs      {backend['needs']}"]
+        rest = {"needs": backend["needs"], "without it": backend["without_device"]}
+        return [*lines, *(f"    {name:<10} {text}" for name, text in rest.items() if text)]
     if not any(backend["kernels"].values()):
         return [*lines, "    kernels    none declared yet: nothing runs on it"]
     for contract, kernels in backend["kernels"].items():

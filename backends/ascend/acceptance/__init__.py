@@ -5,7 +5,7 @@ vendor's package is imported when an item is asked, not before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ospnext.ops.acceptance import Item
 from ospnext.ops.registry import DeviceInfo
@@ -15,13 +15,20 @@ def items(device: DeviceInfo | None) -> Iterator[Item]:
     """Those that concern `device`, in the order to ask them; without one, those for Ascend 950."""
     from . import attention, casts, division, fused, hif8_attention, packs, products, surface
 
-    hif8 = device is None or device.capability == "950"
-    if hif8:
-        yield from casts.items()
-        yield from division.hif8_items()
-        yield from products.hif8_items()
-    for family in (division, products, fused, attention, packs):
-        yield from family.items()
-    if hif8:
-        yield from hif8_attention.items()
-    yield from surface.items()
+    newest = device is None or device.capability == "950"
+    listed: tuple[tuple[Callable[[], Iterator[Item]], bool], ...] = (
+        (casts.items_of_950, newest),
+        (division.items_of_950, newest),
+        (division.items, True),
+        (products.items_of_950, newest),
+        (products.items, True),
+        (fused.items, True),
+        (attention.items, True),
+        (attention.items_of_950, newest),
+        (packs.items, True),
+        (hif8_attention.items_of_950, newest),
+        (surface.items, True),
+    )
+    for family, concerned in listed:
+        if concerned:
+            yield from family()

@@ -19,6 +19,7 @@ EVEN = "rounds halves to even"
 TRUNCATES = "cuts off"
 
 _PLAIN = "OSPNEXT_OPS=hif8_encode=ascend.torch,hif8_quantize=ascend.torch,hif8_fake_quantize=ascend.torch until then"
+_CAST = "OSPNEXT_OPS=hif8_quantize=ascend.cast,hif8_fake_quantize=ascend.cast"
 _NOT_HIF8 = f"the contract rounds halves away from zero: put ascend.torch first in manifest_numeric.py; {_PLAIN}"
 
 
@@ -28,10 +29,13 @@ def patterns(dtype: torch.dtype) -> Tensor:
 
 
 def near_halves() -> Tensor:
-    """fp32: what lies between two neighbours of the grid, the numbers next to it on both sides, and other signs."""
+    """fp32: what lies between two neighbours of the grid, the numbers next to it on both sides, where overflow begins,
+    and what is not finite, of both signs.
+    """
     grid = _grid()
-    halves = (grid[1:] + grid[:-1]) / 2
+    halves = torch.cat([(grid[1:] + grid[:-1]) / 2, torch.tensor([hif8.INFO.overflow])])
     around = torch.cat([halves, *(torch.nextafter(halves, halves * scale) for scale in (0.5, 2.0)), grid])
+    around = torch.cat([around, torch.tensor([torch.inf, torch.nan])])
     return torch.cat([around, -around])
 
 
@@ -123,29 +127,31 @@ def dynamic(device: torch.device) -> Finding:
 def dynamic_scale(device: torch.device) -> Finding:
     npu = vendors()
     rows = torch.randn(512, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows[0] = 0
-    _, scale = taken(
+    rows[0], rows[1, 0], rows[2, 0] = 0, torch.nan, torch.inf
+    codes, scale = taken(
         npu.npu_dynamic_quant, rows.to(device), dst_type=npu.hifloat8, quant_mode="pertoken", dst_type_max=15.0
     )
     amax = rows.abs().amax(-1).float()
     by = {"amax * fp32(1 / 15)": amax * torch.tensor(15.0).reciprocal(), "amax / 15": amax / torch.tensor(15.0)}
-    found = equal_to(amax[1:], scale[1:], {words: values[1:] for words, values in by.items()})
-    return Finding(found.answer, {**found.details, "scale of zeros": scale[0].item()})
+    found = equal_to(amax[3:], scale[3:], {words: values[3:] for words, values in by.items()})
+    others = {
+        f"row with {name}": {"scale": scale[n].item(), "codes": codes[n, :2].tolist()}
+        for n, name in enumerate(("zeros", "NaN", "Inf"))
+    }
+    return Finding(found.answer, {**found.details, **others})
 
 
-def items() -> Iterator[Item]:
+def items_of_950() -> Iterator[Item]:
     yield Item(
         id="cast/to-hif8",
         question="Which code does npu_dtype_cast give to each bf16 and fp16 pattern, and to fp32 numbers near halves?",
-        why="ascend.cast (hif8_encode, hif8_quantize with a given amax): the contract has halves go away from zero, and "
+        why="ascend.cast (hif8_encode, hif8_quantize with a given amax): by the contract halves go away from zero, and "
         "NaN and Inf stay",
         calls=("npu_dtype_cast(x, 290)",),
         expected={TABLE: ""},
         otherwise={
-            SATURATES: "quantize.py, encode and _divided_and_cast: fill codes 0x80, 0x6F and 0xEF where x / scale is NaN "
-            f"or too large; {_PLAIN}",
-            SATURATES_BUT_NAN: "quantize.py, encode and _divided_and_cast: fill 0x6F and 0xEF where x / scale is too large; "
-            f"{_PLAIN}",
+            SATURATES: f"quantize.py, _cast: fill 0x80, 0x6F and 0xEF where x is NaN or too large; {_PLAIN}",
+            SATURATES_BUT_NAN: f"quantize.py, _cast: fill 0x6F and 0xEF where x is too large; {_PLAIN}",
             EVEN: _NOT_HIF8,
             TRUNCATES: _NOT_HIF8,
         },
@@ -173,7 +179,7 @@ def items() -> Iterator[Item]:
             TABLE: "quantize.py: masked_fill_ can go, and a given amax need not fall back to ascend.cast",
         },
         otherwise={EVEN: _NOT_HIF8, TRUNCATES: _NOT_HIF8},
-        unforeseen="OSPNEXT_OPS=hif8_quantize=ascend.cast,hif8_fake_quantize=ascend.cast, if cast/to-hif8 is as expected",
+        unforeseen=f"{_CAST} if cast/to-hif8 is as expected, else {_PLAIN}",
         ask=quantize,
     )
     yield Item(
@@ -203,8 +209,8 @@ def items() -> Iterator[Item]:
     yield Item(
         id="dynamic_quant/scale",
         question="Is the scale of npu_dynamic_quant a quotient, or a product with fp32(1 / dst_type_max)?",
-        why="it would move 5 bytes an element in place of 13 to 15, and is not used since a product is beyond the bound "
-        "that the contract sets for scales, and zeros get the scale 0",
+        why="it would move 5 bytes an element in place of 13 to 15. It is not used: a product is beyond the bound that "
+        "the contract sets for scales, and zeros get the scale 0",
         calls=("npu_dynamic_quant(x, dst_type=290, quant_mode='pertoken', dst_type_max=15)",),
         expected={
             "amax * fp32(1 / 15)": "",

@@ -56,7 +56,7 @@ def divide(device: torch.device) -> Finding:
     return equal_to(x, taken(torch.div, x.to(device), y.to(device)), {RIGHT: x / y})
 
 
-def hif8_items() -> Iterator[Item]:
+def items_of_950() -> Iterator[Item]:
     away = "the contract keeps halves 2^-20 away from inputs, and more than that is wrong here"
     yield Item(
         id="division/quantize",
@@ -66,8 +66,8 @@ def hif8_items() -> Iterator[Item]:
         expected={
             RIGHT: "",
             "off by a unit somewhere": "",
-            "a product with fp32(1 / scale)": "say so in docs/ascend.md; codes at halves differ from other backends unless "
-            "scale_mode=pow2",
+            "a product with fp32(1 / scale)": "say so in docs/ascend.md: codes at halves are those of other backends "
+            "with scale_mode=pow2 only",
         },
         otherwise={},
         unforeseen=f"{away}: OSPNEXT_OPS=hif8_quantize=ascend.cast,hif8_fake_quantize=ascend.cast, and swap the two in "
@@ -80,12 +80,12 @@ def items() -> Iterator[Item]:
     yield Item(
         id="division/div",
         question="Is torch.div in fp32 right to the last bit?",
-        why="ascend.cast and every scale (amax / scale_max) divide by it: scales and codes then equal those of all other "
+        why="ascend.cast and every scale (amax / scale_max) use it: scales and codes then equal those of other "
         "backends bit for bit",
         calls=("aten::div",),
         expected={RIGHT: ""},
         otherwise={},
-        unforeseen="the bound of scales (conformance run --case 'hif8_quantize/*') says whether it matters; scale_mode=pow2 "
-        "is exact in any case",
+        unforeseen="conformance run --case 'hif8_quantize/*' says whether scales keep their bound; scale_mode=pow2 is "
+        "exact in any case",
         ask=divide,
     )

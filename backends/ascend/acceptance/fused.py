@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ospnext.ops.acceptance import Finding, Item
+from ospnext.ops.acceptance import Finding, Item, RefusedCallError
 
 from .calls import NONE, all_of, equal_to, nearest, normal, taken, vendors
 from .casts import patterns
 
 RIGHT = "right"
 #: Relative, of the rms: fp32 with a few roundings, and results rounded to bf16.
-IN_FP32, IN_BF16 = 2.0**-21, 2.0**-8
+IN_FP32, IN_BF16 = 2.0**-20, 2.0**-8
+#: Far from 0, so that it shows where it is added.
 EPS = 1e-2
 
 
@@ -29,20 +30,25 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
 
 
 def rotary(device: torch.device) -> Finding:
-    """Angles for each token, then for each token of each sample."""
+    """Angles of tokens, [1, S, 1, D]; what becomes of those of tokens of each sample is kept beside the answer."""
     x = normal(2, 77, 3, 64)
     found = {}
-    for name, batch in (("[1, S, 1, D]", 1), ("[B, S, 1, D]", 2)):
+    for batch in (1, 2):
         angles = normal(batch, 77, 1, 32, seed=1).repeat_interleave(2, -1)
         cos, sin = angles.cos(), angles.sin()
-        out = taken(vendors().npu_rotary_mul, *(t.to(device) for t in (x, cos, sin)), "interleave")
         ways = {
             RIGHT: _turned(x, cos, sin, True),
             "halves": _turned(x, cos, sin, False),
             "the other way": _turned(x, cos, -sin, True),
         }
-        found[name] = nearest(out, ways, IN_FP32)
-    return all_of(found)
+        try:
+            out = taken(vendors().npu_rotary_mul, *(t.to(device) for t in (x, cos, sin)), "interleave")
+        except RefusedCallError as error:
+            if batch == 1:
+                raise
+            return Finding(found[1].answer, {**found[1].details, "[B, S, 1, D]": str(error)})
+        found[batch] = nearest(out, ways, IN_FP32)
+    return Finding(found[1].answer, {**found[1].details, "[B, S, 1, D]": found[2].answer})
 
 
 def rotary_angles(device: torch.device) -> Finding:
@@ -106,31 +112,35 @@ def layer_norm(device: torch.device) -> Finding:
         given[1], given[2], [True, True, False],
     )  # fmt: skip
     of_x, of_weight, _ = torch.autograd.grad(wanted, leaves, grad.double())
-    found |= {"dx": nearest(dx, {RIGHT: of_x}, IN_BF16), "dweight": nearest(dweight, {RIGHT: of_weight}, 2.0**-18)}
+    found |= {"dx": nearest(dx, {RIGHT: of_x}, IN_BF16), "dweight": nearest(dweight, {RIGHT: of_weight}, 4 * IN_BF16)}
     return all_of(found)
 
 
 def gelu(device: torch.device) -> Finding:
-    """Every finite bf16 number of up to 16."""
+    """Which formula, in fp32, since bf16 hardly tells them apart; then every bf16 number up to 16."""
+    npu, found = vendors(), {}
+    x = torch.linspace(-6, 6, 4097)
+    by = {words: _gelu(x, how) for words, how in (("tanh", "tanh"), ("erf", "none"))}
+    found["fp32"] = nearest(taken(npu.npu_gelu, x.to(device), approximate="tanh"), by, 2.0**-16)
     x = patterns(torch.bfloat16)
     x = x[x.isfinite() & (x.abs() <= 16)]
-    out = taken(vendors().npu_gelu, x.to(device), approximate="tanh")
-    ways = {"tanh": "tanh", "erf": "none"}
-    by = {words: torch.nn.functional.gelu(x.double(), approximate=how) for words, how in ways.items()}
-    found = nearest(out, by, IN_BF16)
-    if found.answer == NONE:
-        return found
-    # Small results of large negative x, which no rms shows: a kernel may stop early.
-    worst = float(((out.double() - by[found.answer]).abs() / (by[found.answer].abs() + 2.0**-10)).max())
-    details = {**found.details, "largest error over |y| + 2^-10": worst}
-    return Finding(found.answer if worst <= 2.0**-6 else f"{found.answer}, but far off somewhere", details)
+    out, wanted = taken(npu.npu_gelu, x.to(device), approximate="tanh"), _gelu(x, "tanh")
+    # Small results of large negative x do not show in an rms, and a kernel may stop early.
+    worst = float(((out.double() - wanted).abs() / (wanted.abs() + 2.0**-10)).max())
+    found["bf16"] = Finding("tanh" if worst <= 2.0**-6 else NONE, {"largest error over |y| + 2^-10": worst})
+    return all_of(found)
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return torch.nn.functional.gelu(x.double(), approximate=approximate)
 
 
 def items() -> Iterator[Item]:
     yield Item(
         id="rotary/interleave",
-        question="Does mode 'interleave' turn pairs (2i, 2i + 1) in fp32, with angles [1, S, 1, D] and [B, S, 1, D]?",
-        why="ascend.npu, fused.rope and fused.rms_norm_rope: [1, S, 1, D], each angle twice in a row",
+        question="Does mode 'interleave' turn pairs (2i, 2i + 1) in fp32, with angles [1, S, 1, D]?",
+        why="ascend.npu, fused.rope and fused.rms_norm_rope: each angle twice in a row. Details say what becomes of "
+        "[B, S, 1, D], which is not used",
         calls=("npu_rotary_mul(fp32, cos, sin, 'interleave')",),
         expected={RIGHT: ""},
         otherwise={
@@ -138,8 +148,7 @@ def items() -> Iterator[Item]:
             "the other way": "fused.py, _rope: hand over -sin",
             "refused": "OSPNEXT_OPS=fused.rope=ascend.torch,fused.rms_norm_rope=ascend.torch",
         },
-        unforeseen="if only [B, S, 1, D] is wrong, nothing: it is not used. Else "
-        "OSPNEXT_OPS=fused.rope=ascend.torch,fused.rms_norm_rope=ascend.torch",
+        unforeseen="OSPNEXT_OPS=fused.rope=ascend.torch,fused.rms_norm_rope=ascend.torch",
         ask=rotary,
     )
     yield Item(
@@ -154,7 +163,7 @@ def items() -> Iterator[Item]:
     )
     yield Item(
         id="rms_norm/convention",
-        question="Is epsilon inside the root, rstd 1 / root in fp32, and an fp32 weight taken beside bf16 x, in both passes?",
+        question="Is epsilon inside the root, rstd 1 / root in fp32, and an fp32 weight taken with bf16 x, both ways?",
         why="ascend.npu, fused.rms_norm and fused.rms_norm_rope",
         calls=("npu_rms_norm", "npu_rms_norm_backward"),
         expected={RIGHT: ""},
@@ -176,7 +185,7 @@ def items() -> Iterator[Item]:
     )
     yield Item(
         id="gelu/tanh",
-        question="Is npu_gelu with approximate='tanh' the tanh formula, for every bf16 number up to 16?",
+        question="Is npu_gelu with approximate='tanh' the tanh formula, in fp32 and for every bf16 number up to 16?",
         why="ascend.npu, fused.gelu_tanh",
         calls=("npu_gelu(x, approximate='tanh')",),
         expected={"tanh": ""},

@@ -46,23 +46,25 @@ class Operands:
             count = (batch, heads, -(-t.shape[1] // block), 1)
             steps = torch.randint(-2, 2, count, generator=torch.Generator().manual_seed(seed))
             self.scales.append(2.0**steps)
-        of_tokens = [self._of_tokens(*pair) for pair in zip(self.scales, blocks, x, strict=True)]
-        self.codes = [hif8.encode(t / s) for t, s in zip(x, of_tokens, strict=True)]
-        self.values = [hif8.decode(c) * s for c, s in zip(self.codes, of_tokens, strict=True)]
-
-    @staticmethod
-    def _of_tokens(scale_BHb1: Tensor, block: int, x: Tensor) -> Tensor:
-        return scale_BHb1.repeat_interleave(block, 2)[:, :, : x.shape[1]].transpose(1, 2)
+        self._of_tokens = [
+            s.repeat_interleave(block, 2)[:, :, : t.shape[1]].transpose(1, 2)
+            for s, block, t in zip(self.scales, blocks, x, strict=True)
+        ]
+        self.codes = [hif8.encode(t / s) for t, s in zip(x, self._of_tokens, strict=True)]
 
     def by_rounding(self, rows: slice = slice(None)) -> dict[str, Tensor]:
         """The result [B, rows, H, D] under each way of rounding probabilities."""
-        q, k, v = self.values
+        every = slice(None)
+        q, k, v = (
+            hif8.decode(codes[:, part]) * scale[:, part]
+            for codes, scale, part in zip(self.codes, self._of_tokens, (rows, every, every), strict=True)
+        )
         ways = {UNSCALED: 1.0, TIMES: P_SCALE, OVER: 1 / P_SCALE}
         results = {
-            words: formulas.attention(q[:, rows], k, v, SCALE, rounded=functools.partial(_round_trip, factor))[0]
+            words: formulas.attention(q, k, v, SCALE, rounded=functools.partial(_round_trip, factor))[0]
             for words, factor in ways.items()
         }
-        return {**results, UNROUNDED: formulas.attention(q[:, rows], k, v, SCALE)[0]}
+        return {**results, UNROUNDED: formulas.attention(q, k, v, SCALE)[0]}
 
 
 def _round_trip(factor: float, p: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def fusion_other_shape(device: torch.device) -> Finding:
     return nearest(fusion(device, operands), {"taken": operands.by_rounding()[UNROUNDED]}, SAME_SCALES)
 
 
-def items() -> Iterator[Item]:
+def items_of_950() -> Iterator[Item]:
     infer_call = "npu_fused_infer_attention_score_v2(uint8, ..., *_dtype=290, *_quant_mode=7, dequant_scale_*=...)"
     fusion_call = "npu_quant_fusion_attention(uint8, ..., query_dtype=290, d_scale_*=..., p_scale=15)"
     yield Item(
@@ -160,7 +162,7 @@ def items() -> Iterator[Item]:
         calls=(infer_call,),
         expected={AS_DOCUMENTED: ""},
         otherwise={
-            "refused": f"manifest_attention.py: take ascend.infer_hif8 out, or change BLOCKS as the error says; {COMPOSED}"
+            "refused": f"attention/infer_hif8.py, BLOCKS as the error says, or no ascend.infer_hif8; {COMPOSED}"
         },
         unforeseen=f"attention/infer_hif8.py, BLOCKS; until then {COMPOSED}",
         ask=infer_scales,
@@ -193,7 +195,7 @@ def items() -> Iterator[Item]:
         expected={AS_DOCUMENTED: ""},
         otherwise={
             BLOCKS_OF_512: "attention/quant_fusion.py, BLOCKS = (512, 512, 512)",
-            "refused": f"attention/quant_fusion.py, BLOCKS: as the error says; until then "
+            "refused": "attention/quant_fusion.py, BLOCKS: as the error says; until then "
             "OSPNEXT_OPS=native_attention=ascend.infer_hif8",
         },
         unforeseen="attention/quant_fusion.py, BLOCKS; until then OSPNEXT_OPS=native_attention=ascend.infer_hif8",

@@ -121,12 +121,12 @@ def items() -> Iterator[Item]:
     yield Item(
         id="packed/statistics",
         question="How do the statistics of a pack lie in memory?",
-        why="ascend.fusion, logsumexp_of_pack and statistics_of_pack: documents say [H, T, 8], published kernels write a "
-        "block for each sequence",
+        why="ascend.fusion, logsumexp_of_pack and statistics_of_pack: documents say [H, T, 8], published kernels write "
+        "a block for each sequence",
         calls=(call,),
         expected={BLOCKS: ""},
         otherwise={
-            ONE_BLOCK: "attention/statistics.py, both functions of packs: one block; a call for each sequence until then",
+            ONE_BLOCK: f"attention/statistics.py, both functions of packs: a single block; {MATH} for packs until then",
             BY_TOKEN: "attention/statistics.py, both functions of packs: index [:, :, 0]",
         },
         unforeseen=f"{MATH} for packs, and report the details",
@@ -148,7 +148,7 @@ def items() -> Iterator[Item]:
     )
     yield Item(
         id="packed/gradient",
-        question="Is the gradient of a pack right with the logsumexp in the place of the largest logits, and sums of 1?",
+        question="Is the gradient of a pack right with the logsumexp for the largest logits, and 1 for the sums?",
         why="ascend.fusion keeps the logsumexp only, which is a sixteenth of the two statistics",
         calls=("npu_fusion_attention_grad(..., 'TND')",),
         expected={RIGHT: ""},

@@ -23,10 +23,9 @@ TOKENS = 75_600
 _ROUNDED = 2.0**-22
 
 
-def codes(*shape: int, seed: int, largest: int = 15) -> Tensor:
-    """Codes of integers."""
-    generator = torch.Generator().manual_seed(seed)
-    return hif8.encode(torch.randint(-largest, largest + 1, shape, generator=generator).float())
+def codes(*shape: int, seed: int) -> Tensor:
+    """Codes of integers from -15 to 15."""
+    return hif8.encode(torch.randint(-15, 16, shape, generator=torch.Generator().manual_seed(seed)).float())
 
 
 def exact(a: Tensor, b: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def exact(a: Tensor, b: Tensor) -> Tensor:
 
 def multiply(device: torch.device, a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, **named: Any) -> Tensor:
     npu = vendors()
-    a, b, of_a, of_b = (t if t.device == device else t.to(device) for t in (a, b, of_a, of_b))
+    a, b, of_a, of_b = (t.to(device) for t in (a, b, of_a, of_b))
     settings = {"output_dtype": torch.float32, "x1_dtype": npu.hifloat8, "x2_dtype": npu.hifloat8}
     return taken(npu.npu_quant_matmul, a, b, of_b, pertoken_scale=of_a, **settings, **named)
 
@@ -124,12 +123,12 @@ def mm_in_bf16(device: torch.device) -> Finding:
     grad, x = (hif8.decode(codes(TOKENS, n, seed=n), torch.bfloat16) for n in (16, 32))
     grad[:, 0], x[:, 0] = 14, 14
     grad[0, 0] = x[0, 0] = 13
-    out = taken(torch.mm, grad.to(device).T, x.to(device), out_dtype=torch.float32)
+    out = taken(torch.mm, grad.T.contiguous().to(device), x.to(device), out_dtype=torch.float32)
     sums = grad.double().T @ x.double()
     return equal_to(sums.float(), out, {RIGHT: sums.float(), "rounded to bf16": sums.bfloat16().float()})
 
 
-def hif8_items() -> Iterator[Item]:
+def items_of_950() -> Iterator[Item]:
     call = "npu_quant_matmul(codes, codes, scale, pertoken_scale=..., x1_dtype=290, x2_dtype=290)"
     yield Item(
         id="quant_matmul/one-scale-each",
@@ -166,11 +165,11 @@ def hif8_items() -> Iterator[Item]:
     yield Item(
         id="quant_matmul/bias",
         question="Is the bias added before or after the scales?",
-        why="pages of CANN say before until July 2026 and after since; ascend.hif8 adds it outside and depends on neither",
+        why="pages of CANN say before until July 2026, and after since; ascend.hif8 adds it outside, right with both",
         calls=(f"{call[:-1]}, bias=...)",),
         expected={
             "before the scales": "",
-            "after the scales": "quantized_linear.py, forward: the operator may add it, which saves a pass over the result",
+            "after the scales": "quantized_linear.py, forward: the operator may add it, which saves a pass",
         },
         otherwise={},
         unforeseen="none: it is added outside",
@@ -189,8 +188,8 @@ def hif8_items() -> Iterator[Item]:
     yield Item(
         id="quant_matmul/many-tokens",
         question=f"Is the gradient of a weight over {TOKENS:,} tokens taken, and is it summed in fp32?",
-        why="ascend.hif8 in training: torch_npu's page limits the last dimension of x1 to 65,535, CANN's counts features "
-        "where x1 is transposed; the sums need all 24 bits",
+        why="ascend.hif8 in training: torch_npu's page limits the last dimension of x1 to 65,535, and CANN's says that "
+        "this means features where x1 is transposed; the sums need all 24 bits",
         calls=(call,),
         expected={RIGHT: ""},
         otherwise={
@@ -208,8 +207,8 @@ def hif8_items() -> Iterator[Item]:
         calls=(call,),
         expected={"stay": ""},
         otherwise={},
-        unforeseen="quantized_linear.py, _of_codes: add 0 * (scales) where a scale is NaN, and say in docs/ascend.md that "
-        f"codes of NaN and Inf are lost; {QDQ} keeps them",
+        unforeseen="quantized_linear.py, _of_codes: fill rows and columns whose scale is NaN; say in docs/ascend.md "
+        f"which codes are lost; {QDQ} keeps them",
         ask=not_finite,
     )
 
@@ -218,7 +217,7 @@ def items() -> Iterator[Item]:
     yield Item(
         id="mm/fp32-result",
         question="Does torch.mm of bf16 with out_dtype=torch.float32 sum in fp32 and return the sums unrounded?",
-        why="ascend.qdq, the HiF8 linear of 910B and 910C and the fallback on 950",
+        why="ascend.qdq, the HiF8 linear of 910B and 910C, and the second choice on a 950",
         calls=("aten::mm.dtype",),
         expected={RIGHT: ""},
         otherwise={
