@@ -20,6 +20,7 @@ from host_npu_child import host_npu_variables
 from ospnext.backends.ascend import device
 from ospnext.cli.doctor import as_text
 from ospnext.conformance.host_npu import SENTENCE
+from ospnext.conformance.host_npu.wheel import RELEASES
 
 RELEASE = torch.__version__.split("+")[0]
 NO_RUNTIME = "libascendcl.so: cannot open shared object file: No such file or directory"
@@ -119,7 +120,8 @@ def test_a_device_of_the_host_npu_says_what_it_is():
     assert (told["type"], told["count"], told["capability"]) == ("npu", 3, "910C")
     assert told["name"] == f"Ascend910_9392 ({SENTENCE})"
     assert told["memory"] > 2**28
-    assert told["versions"] == {"torch": torch.__version__, "torch_npu": RELEASE, "cann": "unknown"}
+    played = RELEASES[RELEASE].version
+    assert told["versions"] == {"torch": torch.__version__, "torch_npu": played, "cann": "unknown"}
     assert f"ascend: ready   (Huawei Ascend NPUs)\n    device     {told['name']}" in text
 
 

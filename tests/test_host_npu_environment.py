@@ -245,7 +245,7 @@ def test_a_changed_generator_makes_new_libraries(
 
 def test_processes_that_build_at_once_end_with_one_folder(package: wheel.Package, cache: Path) -> None:
     code = "from ospnext.conformance.host_npu import stubs, wheel\nfrom pathlib import Path\nimport sys\n"
-    code += "found = wheel.Package(wheel.RELEASES['2.13.0'], Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    code += "found = wheel.Package(wheel.release_for_torch(), Path(sys.argv[1]), Path(sys.argv[2]))\n"
     code += "print(stubs.stub_libraries(found))"
     command = [sys.executable, "-c", code, str(package.site), str(package.folder)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
