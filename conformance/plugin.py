@@ -1,4 +1,5 @@
-"""The pytest plugin of the suite: its options, one name per test module, and a refusal to mix two copies of ospnext.
+"""The pytest plugin of the suite: its options, one name per test module, and what it refuses: to mix two copies of
+ospnext, and to be spread over processes.
 
 `pytest conformance --backend NAME` is `ospnext conformance run --backend NAME`: same checks, same report. The plugin is
 loaded in every pytest run wherever ospnext is installed, so it imports pytest and the standard library only."""
@@ -77,6 +78,12 @@ def pytest_configure(config: pytest.Config) -> None:
         shadow = folder.resolve() / "ospnext"
         if (shadow / "__init__.py").is_file() and shadow != core:
             raise pytest.UsageError(_mixed(f"the installed ospnext is {core}", f"pytest runs on a checkout, {shadow}"))
+    if config.pluginmanager.hasplugin("xdist") and config.getoption("dist") != "no" and _asks_for_suite(config):
+        raise pytest.UsageError(
+            f"{SUITE} is not run by pytest-xdist: each of its processes would write a report of its own part over the "
+            "others'. Give -n 0; to split a run, start several with --shard I/N and one --out, and "
+            "`ospnext conformance verify` the folder."
+        )
 
 
 def _asks_for_suite(config: pytest.Config) -> bool:

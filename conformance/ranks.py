@@ -80,6 +80,21 @@ class Answer:
     error: str = ""
     broken: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The tensor as bytes: torch's own form goes through what packages of vendors make of `torch.save`."""
+        if self.out is None:
+            return self.__dict__
+        data = self.out.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return {**self.__dict__, "out": (self.out.shape, self.out.dtype, data)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["out"] is not None:
+            shape, dtype, data = state["out"]
+            out = torch.empty(shape, dtype=dtype)
+            out.flatten().view(torch.uint8).numpy()[:] = memoryview(data)
+            state = {**state, "out": out}
+        self.__dict__.update(state)
+
 
 #: Per case: the results in rank order, or a text on every rank that gave none.
 Outcome = list[Tensor] | str

@@ -74,8 +74,8 @@ def build(
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
         },
-        "source": _source(HERE.parent),
-        "environment": _environment(),
+        "source": source(),
+        "environment": environment(),
         "summary": dict(Counter(result.status for result in results)),
         "problems": list(problems),
         "waivers": [_plain(dataclasses.asdict(waiver)) for waiver in waivers],
@@ -112,7 +112,7 @@ def _backend(manifest: Manifest, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _source(root: Path) -> dict[str, Any]:
+def source(root: Path = HERE.parent) -> dict[str, Any]:
     """Commit of the checkout that runs, and whether files differ from it; None for an installed wheel."""
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
@@ -128,7 +128,8 @@ def _source(root: Path) -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions, processor and the variables that a run may depend on."""
     versions = {}
     for name in PACKAGES:
         try:

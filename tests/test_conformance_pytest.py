@@ -68,6 +68,19 @@ def test_a_mistake_is_a_usage_error_too(tmp_path):
     assert "no check matches 'atention/*'" in done.stdout + done.stderr
 
 
+def test_several_processes_are_refused_and_none_are_not(tmp_path):
+    """Each would write the report of its part alone."""
+    pytest.importorskip("xdist")
+    words = ("--pyargs", "ospnext.conformance", "--backend", "reference", "--case", PATTERN, "--out", "out")
+    done = run_pytest(*words, "-n", "2", cwd=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "is not run by pytest-xdist" in done.stderr and "--shard I/N" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert run_pytest(*words, "-n", "0", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out" / "report.json").exists()
+
+
 def test_a_backend_option_of_another_project_is_its_own(tmp_path):
     (tmp_path / "conftest.py").write_text(
         "def pytest_addoption(parser):\n"

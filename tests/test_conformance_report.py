@@ -206,6 +206,7 @@ def test_the_group_lists_its_commands(capsys):
         "run",
         "list",
         "verify",
+        "device-acceptance",
     ]
     assert "generate" not in said
 

@@ -23,6 +23,16 @@ _FLASH_REFUSALS = (
     Refusal("length", {"kv_len": 0}),
 )
 
+_FP8_REFUSALS = (
+    Refusal("capability", device={"capability": (8, 0)}),
+    Refusal("dtype", {"dtype": torch.float32}),
+    Refusal("alignment", {"shape": (8, 96, 100)}),
+    Refusal("scale_max", {"scale_max": 512.0}),
+    Refusal("grad_scale_max", {"grad_scale_max": 512.0}),
+    Refusal("granularity", {"x_granularity": "row", "backward": True}),
+    Refusal("accumulate", {"accumulate": "fp64"}),
+)
+
 _TRITON_REFUSALS = (Refusal("dtype", {"dtype": torch.float64}), Refusal("granularity", {"granularity": "channel"}))
 
 _FP64 = Refusal("dtype", {"dtype": torch.float64})
@@ -188,15 +198,7 @@ MANIFEST = Manifest(
             handles=_LINEAR - {"mixed_bias"},
             prefers=frozenset({"carried"}),
             requires=("triton",),
-            refusals=(
-                Refusal("capability", device={"capability": (8, 0)}),
-                Refusal("dtype", {"dtype": torch.float32}),
-                Refusal("alignment", {"shape": (8, 96, 100)}),
-                Refusal("scale_max", {"scale_max": 512.0}),
-                Refusal("grad_scale_max", {"grad_scale_max": 512.0}),
-                Refusal("granularity", {"x_granularity": "row", "backward": True}),
-                Refusal("accumulate", {"accumulate": "fp64"}),
-            ),
+            refusals=_FP8_REFUSALS,
             note="emulates HiF8 on FP8 tensor cores; operands exact from 2^-12 of 15, sums with fewer bits than fp32",
         ),
         Implementation(
@@ -236,6 +238,16 @@ MANIFEST = Manifest(
             f"{_REFERENCE}.quantized_linear:linear",
             handles=_LINEAR,
             note=_PLAIN,
+        ),
+        # Last, and so chosen by name only.
+        Implementation(
+            "cuda.fp8_split",
+            "quantized_linear",
+            f"{_HERE}.fp8_split:fp8_split",
+            supports=f"{_HERE}.predicates:fp8_carrier",
+            handles=_LINEAR - {"mixed_bias", "carried"},
+            refusals=_FP8_REFUSALS,
+            note=f"emulates HiF8 on FP8 tensor cores with exact operands in four products, to validate; {_NOT_RUN}",
         ),
         *(
             Implementation(

@@ -31,6 +31,10 @@ COMMANDS = {
     "conformance run": ("ospnext.cli.conformance_run", "judge a backend by the conformance suite"),
     "conformance list": ("ospnext.cli.conformance_list", "print the ids of the conformance checks"),
     "conformance verify": ("ospnext.cli.conformance_verify", "check a conformance report without running anything"),
+    "conformance device-acceptance": (
+        "ospnext.cli.conformance_acceptance",
+        "ask new hardware what only a device can answer",
+    ),
 }
 
 EXIT_ERROR = 2
@@ -54,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = launched()
         where = "" if launch is None else f" on rank {launch.rank}"
         print(f"error{where}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except RuntimeError as error:
+        # From `import torch`, which loads what vendors' packages tell it to.
+        if "Failed to load the backend extension" not in str(error):
+            raise
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        print(f"error: import torch: {error} Cause: {cause}. `ospnext doctor` says what is lacking", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -86,6 +97,7 @@ def _run(argv: list[str]) -> int:
     split = rest.index("--") if "--" in rest and parser.get_default("verbatim") is not None else len(rest)
     args = parser.parse_intermixed_args(rest[:split])
     args.verbatim = rest[split + 1 :]
+    args.command_line = argv
     return command.run(args)
 
 

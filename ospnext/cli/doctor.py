@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
+import sys
 from typing import Any
 
 HELP = """Say what this machine can run, and why not more: every backend with its device or every reason why it has
 none, its kernels, the policy in force, and the optional packages. Exits with 1 if the policy asks for what cannot
-run."""
+run, or if PyTorch cannot be imported."""
 
 OPTIONAL_PACKAGES = {"transformers": "t2v", "diffusers": "t2v", "sentencepiece": "t2v", "ftfy": "t2v", "av": "t2v"}
 
@@ -20,9 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = examine()
+    try:
+        import torch  # noqa: F401
+    except RuntimeError as error:  # PyTorch loads packages of vendors, of which one that cannot load ends the import
+        report = _examine_without_extensions(error)
+    else:
+        report = examine()
     print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return 1 if report["policy"]["error"] else 0
+    return 1 if report["policy"]["error"] or report.get("torch_import") else 0
+
+
+def _examine_without_extensions(error: RuntimeError) -> dict[str, Any]:
+    """By a child that tells PyTorch to load none of them: an import that failed cannot be tried again in a process."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    code = "import json; from ospnext.cli.doctor import examine; print(json.dumps(examine()))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    cause = str(error.__cause__ or error).strip().splitlines()[0]
+    return {**report, "torch_import": f"{str(error).partition('.')[0]}: {cause}"}
 
 
 def examine() -> dict[str, Any]:
@@ -71,6 +89,7 @@ def _backend(manifest: Any, known: Any) -> dict[str, Any]:
         "available": probe.available,
         "reasons": [dataclasses.asdict(reason) for reason in probe.reasons],
         "needs": manifest.needs,
+        "without_device": manifest.without_device,
         "device": dataclasses.asdict(probe.device) if probe.device else None,
         "kernels": {name: [_kernel(i, known) for i in manifest.offers(name)] for name in CONTRACTS},
         # Those made of other contracts run on these, so that they say nothing of their own.
@@ -102,6 +121,9 @@ def as_text(report: dict[str, Any]) -> str:
         f"ospnext {versions['ospnext']}   Python {versions['python']}   torch {versions['torch']}   {report['system']}",
         f"policy   {policy['text']}" if policy["error"] is None else f"policy   cannot be followed: {policy['error']}",
     ]
+    if report.get("torch_import"):
+        lines.append(f"import torch fails here, and with it every other command: {report['torch_import']}")
+        lines.append("    until that is mended, TORCH_DEVICE_BACKEND_AUTOLOAD=0 in the environment leaves it out")
     if policy["error"] is None:
         lines.append(f"in use   {policy['backend']} on {policy['device']}")
     for backend in report["backends"]:
@@ -120,7 +142,8 @@ def _backend_lines(backend: dict[str, Any]) -> list[str]:
         lines.append(f"    device     {device['name']}{memory}")
     lines += [f"    lacking    {r['code']}: {r['got']}; want {r['want']}" for r in backend["reasons"]]
     if not backend["available"]:
-        return [*lines, f"    needs      {backend['needs']}"]
+        rest = {"needs": backend["needs"], "without it": backend["without_device"]}
+        return [*lines, *(f"    {name:<10} {text}" for name, text in rest.items() if text)]
     if not any(backend["kernels"].values()):
         return [*lines, "    kernels    none declared yet: nothing runs on it"]
     for contract, kernels in backend["kernels"].items():

@@ -146,6 +146,7 @@ def require_available(name: str, known: Registry, where: str = "backend") -> Non
         manifest = known.manifests[name]
         reasons = "\n".join(f"  {reason}" for reason in probe.reasons)
         needs = f"\nIt needs: {manifest.needs}." if manifest.needs else ""
+        needs += f"\nWithout that: {manifest.without_device}." if manifest.without_device else ""
         raise BackendUnavailableError(
             f"{where}={name} was asked for, but this machine cannot run it:\n{reasons}{needs}\n"
             "Choose another backend (OSPNEXT_BACKEND=reference runs anywhere); `ospnext doctor` shows all of them."
@@ -249,7 +250,8 @@ class use_backend:
             source["tuning"] = "use_backend"
         policy = _checked(replace(base, **changes, source=tuple(source.items())), registry())  # type: ignore[arg-type]
         if policy.backend != AUTO:
-            require_available(policy.backend, registry(), source.get("backend", "backend"))
+            where = source.get("backend", "")
+            require_available(policy.backend, registry(), where if where.startswith(PREFIX) else "backend")
         _set(policy)
 
     def __enter__(self) -> Policy:

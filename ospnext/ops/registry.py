@@ -69,7 +69,9 @@ class Manifest:
     """One backend, as data. Implementations stand in order of preference.
 
     `cases` is the dotted path of a function that yields conformance cases of level "extension", for what a vendor
-    promises beyond the contracts' own cases."""
+    promises beyond the contracts' own cases. `acceptance` is that of a function of DeviceInfo, or of None, that yields
+    what only a device can answer: see `ospnext.ops.acceptance`. `without_device` says what can be done on a machine
+    that cannot run the backend."""
 
     backend: str
     description: str
@@ -79,6 +81,8 @@ class Manifest:
     priority: int = 0
     needs: str = ""
     cases: str = ""
+    acceptance: str = ""
+    without_device: str = ""
     api: int = API_VERSION
 
     def offers(self, contract: str) -> tuple[Implementation, ...]:
@@ -88,7 +92,7 @@ class Manifest:
 @dataclass(frozen=True)
 class DeviceInfo:
     """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in
-    bytes.
+    bytes. `emulation` says what plays the device; empty for hardware.
     """
 
     type: str
@@ -97,6 +101,7 @@ class DeviceInfo:
     memory: int = 0
     capability: Any = None
     versions: dict[str, str] = field(default_factory=dict)
+    emulation: str = ""
 
 
 @dataclass(frozen=True)
