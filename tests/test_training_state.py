@@ -113,7 +113,7 @@ BROKEN = {
     _half_a_manifest: "is damaged",
     _truncated: r"1 of its 1 files are not as they were written: shard-00001.*\(\d+ of \d+ bytes\)",
     _missing: r"\(none of \d+ bytes\)",
-    _garbage: "deserializing header",
+    _garbage: r"shard-00001.* is damaged \(.*header",
     _of_another_version: "of format 99",
 }
 

@@ -4,7 +4,7 @@ fused operators know its communicator. HiF8 codes travel as the uint8 they are s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,18 @@ class HcclCollectives:
         out = x.new_empty(sum(receive_splits), *x.shape[1:])
         dist.all_to_all_single(out, x.contiguous(), list(receive_splits), list(send_splits), group=group)
         return out
+
+    def start_all_to_all(
+        self, x: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], group: ProcessGroup | None
+    ) -> Callable[[], Tensor]:
+        out, sent = x.new_empty(sum(receive_splits), *x.shape[1:]), x.contiguous()
+        work = dist.all_to_all_single(out, sent, list(receive_splits), list(send_splits), group=group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()  # of the current stream, for HCCL's own; `work` holds what is sent until then
+            return out
+
+        return finish
 
     def all_gather(self, x: Tensor, group: ProcessGroup | None) -> Tensor:
         out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from ospnext.diffusion import batches_branches, needs_guidance
-from ospnext.generation import quant_plan
 from ospnext.generation.config import GenerateConfig
 from ospnext.models.config import TransformerConfig
 from ospnext.models.loading import LoadReport

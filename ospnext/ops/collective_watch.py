@@ -232,7 +232,8 @@ class watch:
         ]
         for place, group in late:
             missing, lines = self.whereabouts(group, list(range(self._ranks)))
-            what = f"{place.operation}, collective {place.number} of its group, is not done after {now - place.since:.1f} s"
+            lasted = f"{now - place.since:.1f} s"
+            what = f"{place.operation}, collective {place.number} of its group, is not done after {lasted}"
             self.report("\n  ".join([what + waits_for(missing), *lines]))
             return self.reported()
         return ""

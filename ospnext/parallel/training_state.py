@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
@@ -56,7 +57,7 @@ def save_training_state(
             folder or cannot write, or the optimizer has state that other ranks could not read.
     """
     path = Path(path)
-    staging, leads = path.with_name(f".unfinished-{path.name}"), _ranks() == 1 or dist.get_rank() == 0
+    staging, leads = path.with_name(f".unfinished-{path.name}"), _leads()
 
     def together(act: Callable[[], T]) -> T:
         return _together(f"saving training state {path}", act, timeout)
@@ -92,6 +93,7 @@ def load_training_state(
         return _together(f"loading training state {path}", act, timeout)
 
     manifest = together(lambda: _read_manifest(path))
+    together(lambda: _require_readable(path, manifest["files"]) if _leads() else None)
     groups = manifest["param_groups"]
     state = together(lambda: room_for(model, optimizer, manifest["tensors"], groups))
     together(lambda: _read(state.tensors, path))
@@ -167,9 +169,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _require_readable(path: Path, names: Iterable[str]) -> None:
+    """That what is as long as it was is safetensors still; PyTorch would not say which file is not."""
+    for name in names:
+        try:
+            with safe_open(path / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{name} is damaged ({error}). Copy it again, or take an earlier one") from error
+
+
 def _read(tensors: dict[str, Tensor], path: Path) -> None:
     with _as_told():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+
+
+def _leads() -> bool:
+    return _ranks() == 1 or dist.get_rank() == 0
 
 
 def _ranks() -> int:
