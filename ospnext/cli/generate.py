@@ -48,7 +48,11 @@ names are a list or text with commas:
 
 compile=blocks compiles the transformer's blocks at the first video of each size (seconds), compile=max all of it
 (minutes). sampling.batched_guidance and vae.tiling are decided by size and memory unless they are on or off; --dry-run
-says how. Tiling changes pixels near seams, the others mostly roundings; --resume may change all three."""
+says how. Tiling changes pixels near seams, the others mostly roundings; --resume may change all three.
+
+On several devices, each process of torchrun takes one; they divide the branches of guidance (parallel.cfg), the tokens
+of a video (parallel.ssp, parallel.ulysses) and videos (parallel.dp), by themselves unless sizes are given:
+  torchrun --nproc-per-node 8 -m ospnext generate "a red fox in snow" --model DIR parallel.dp=2"""
 
 OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name
 _SETTING = re.compile(r"([a-z_]+)(\.[a-z_]+)*=")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from ospnext.models.loading import inspect_checkpoint
 from ospnext.models.quant_report import QuantReport
 from ospnext.models.quantization import prepare_for_inference
 from ospnext.optional import require
-from ospnext.parallel.mesh import Mesh
 from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
 from ospnext.pipelines.text_to_video import OSPNextPipeline
 from ospnext.pipelines.video import to_uint8, write_mp4
 from ospnext.version import __version__
+
+if TYPE_CHECKING:
+    from ospnext.parallel.mesh import Mesh
 
 REPORT_NAME = "quant_report.json"
 

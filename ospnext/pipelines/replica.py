@@ -4,11 +4,15 @@ the velocities of both branches of guidance. How they share the tokens of a bran
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ospnext.ops.collective import all_gather, all_reduce, broadcast
-from ospnext.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from ospnext.parallel.mesh import Mesh
 
 
 class Replica:
