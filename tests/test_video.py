@@ -139,3 +139,14 @@ def test_to_uint8_rounds_to_nearest_and_clips():
     expected = [0, 0, 0, 1, 128, 255, 255]
     assert to_uint8(values).tolist() == to_uint8(values.numpy()).tolist() == expected
     assert to_uint8(torch.tensor([0.0, 1.0], dtype=torch.bfloat16)).tolist() == [0, 255]
+
+
+def test_the_same_frames_are_the_same_file(tmp_path):
+    """Smooth motion: an encoder that looks ahead in threads may decide otherwise from run to run."""
+    t, y, x = np.meshgrid(np.arange(5), np.arange(64), np.arange(96), indexing="ij")
+    frames = np.stack([4 * t + y + x, 2 * y + 9 * t, 2 * x], axis=-1).astype(np.uint8)
+    files = []
+    for i in range(10):
+        write_mp4(frames, tmp_path / f"{i}.mp4")
+        files.append((tmp_path / f"{i}.mp4").read_bytes())
+    assert len(set(files)) == 1

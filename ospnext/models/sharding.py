@@ -29,10 +29,10 @@ def shard(
     `load_shards` fills it.
 
     A block is gathered when it runs, in one collective. Parameters that a half-precision model keeps in fp32
-    (`keeps_fp32`: time embedding, modulation, norms) are those of the root, of all blocks together: they are gathered
-    once a step in the dtype in which they are stored. Inputs are not cast: the timestep is not rounded. Optimizers made
-    of `model.parameters()` afterwards hold and update shards. Buffers, such as stored HiFloat8 codes, are whole on each
-    rank.
+    (`keeps_fp32`: time embedding, modulation, norms) are those of the root, of all blocks together: one collective
+    before the first block gathers them, in the dtype in which they are stored. Inputs are not cast: the timestep is not
+    rounded. Optimizers made of `model.parameters()` afterwards hold and update shards. Buffers, such as stored HiFloat8
+    codes, are whole on each rank.
 
     Args:
         mesh: of all ranks, from `fsdp_mesh`; independent of the ranks that share a sample.
@@ -47,7 +47,7 @@ def shard(
         raise ConfigError("the model is sharded already; build another one to shard it in another way")
     units = _units(model)
     if any(module._compiled_call_impl is not None for module in (model, *units)):
-        raise ConfigError("the model is compiled, and a compiled block cannot gather its parameters: set compile=off")
+        raise ConfigError("the model is compiled, and compiled blocks are not sharded yet: set compile=off")
     stored = model.patch_embedding.weight.dtype
     reduced = reduce_dtype or torch.promote_types(stored, torch.float32)
     root = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)

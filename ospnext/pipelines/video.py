@@ -48,7 +48,9 @@ def write_mp4(frames_THWC: np.ndarray | Tensor, path: str | Path, fps: float = 1
 
 
 def _encode(av: Any, container: Any, frames_THWC: np.ndarray, rate: Fraction, crf: float) -> None:
-    stream = container.add_stream("libx264", rate=rate, options={"crf": f"{crf:g}"})
+    # With mbtree, the same frames give other bytes from time to time: its threads depend on when each of them runs.
+    options = {"crf": f"{crf:g}", "x264-params": "mbtree=0"}
+    stream = container.add_stream("libx264", rate=rate, options=options)
     _, stream.height, stream.width, _ = frames_THWC.shape
     stream.pix_fmt = "yuv420p"
     codec = stream.codec_context
