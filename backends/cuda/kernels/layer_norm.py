@@ -13,7 +13,7 @@ from torch import Tensor
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
 from .row_quantize import VALUES, End, codes_of, magnitude_bits, quantized, scale_of_row
-from .rows import PIECE, ROWS, dense, inverse_root, new, partial_sums, row_of, stream, warps
+from .rows import PIECE, ROWS, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, warps
 
 Operand = Tensor | None
 
@@ -150,14 +150,14 @@ def _normalize(
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
         total += tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
-    mean = tl.sum(total) / channels
+    mean = mean_of(tl.sum(total), channels)
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
         x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
         centred = tl.where(at < channels, x - mean, 0.0)
         total += centred * centred
-    inverse = inverse_root(tl.sum(total) / channels + eps)
+    inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
     scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
     if FORM == "amax" or FORM == "row":
@@ -245,13 +245,14 @@ def _differentiate(
         x_start = row_of(x_ptr, sample, ahead, sample_stride, token_stride)
         next_grad = tl.load(grad_start + column, mask=inside, other=0.0)
         next_x = tl.load(x_start + column, mask=inside, other=0.0)
-        centred = tl.where(inside, x - tl.sum(x) / channels, 0.0)
-        inverse = inverse_root(tl.sum(centred * centred) / channels + eps)
+        centred = tl.where(inside, x - mean_of(tl.sum(x), channels), 0.0)
+        inverse = inverse_root(mean_of(tl.sum(centred * centred), channels) + eps)
         normed = centred * inverse
         grad_sum += grad
         normed_sum += grad * normed
         scaled = grad * factor
-        dx = inverse * (scaled - tl.sum(scaled) / channels - normed * (tl.sum(scaled * normed) / channels))
+        along = mean_of(tl.sum(scaled * normed), channels)
+        dx = inverse * (scaled - mean_of(tl.sum(scaled), channels) - normed * along)
         dx = dx.to(dx_ptr.dtype.element_ty)
         tl.store(row_of(dx_ptr, 0, sample * tokens + token, 0, channels) + column, dx, mask=inside)
         token += 1

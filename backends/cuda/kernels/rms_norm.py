@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rope import angles, turn
-from .rows import ROWS, dense, inverse_root, new, partial_sums, row_of, stream, streams, warps
+from .rows import ROWS, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, streams, warps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -109,7 +109,7 @@ def _normalize(
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     x = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = x * inverse_root(tl.sum(x * x) / (heads * head_dim) + eps) * weight
+    y = x * inverse_root(mean_of(tl.sum(x * x), heads * head_dim) + eps) * weight
     if cos_ptr is not None:
         cos, sin = angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, head_dim // 2, False, DIM // 2)
         y = turn(y, cos, sin, HEADS, DIM)
@@ -167,9 +167,9 @@ def _differentiate(
         if cos_ptr is not None:
             cos, sin = angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, head_dim // 2, True, DIM // 2)
             grad = turn(grad, cos, sin, HEADS, DIM)
-        inverse = inverse_root(tl.sum(x * x) / channels + eps)
+        inverse = inverse_root(mean_of(tl.sum(x * x), channels) + eps)
         normed, scaled = x * inverse, grad * weight
-        dx = inverse * (scaled - normed * (tl.sum(scaled * normed) / channels))
+        dx = inverse * (scaled - normed * mean_of(tl.sum(scaled * normed), channels))
         dweight += grad * normed
         dx = dx.to(dx_ptr.dtype.element_ty)
         tl.store(row_of(dx_ptr, 0, sample * tokens + token, 0, channels) + at, dx, mask=inside)

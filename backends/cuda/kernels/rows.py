@@ -58,6 +58,14 @@ def row_of(pointer, sample, token, sample_stride, token_stride):
 
 
 @triton.jit
+def mean_of(total, count):
+    """total / count, correctly rounded. A device multiplies by a rounded reciprocal otherwise, which is off by the same
+    in every row and adds up in sums over tokens.
+    """
+    return tl.div_rn(total, count * 1.0)
+
+
+@triton.jit
 def inverse_root(x):
     """1 / sqrt(x), with two correct roundings. A device's own is further off, and by the same in all of a row, which
     shows in sums over tokens that nearly cancel.

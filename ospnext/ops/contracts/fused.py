@@ -159,10 +159,9 @@ def _gelu_tanh_operands(at: Sizes, features: Features, randn: Randn) -> dict[str
 # ---- cases and contracts
 # -------------------------------------------------------------------------------------------------------
 
-#: Gradients of parameters add up every token, in an order each kernel chooses. Where one gradient stands for all, the
-#: terms nearly cancel and the yardstick's own error is a matter of luck: PyTorch's CUDA layer norm needs 3.3 times it
-#: (fp32, dweight), and PyTorch's plain operators on an H200 4.2 times.
-PARAMETER_GRADIENT_FACTOR = 5.0
+#: Gradients of parameters add up every token, in an order each kernel chooses: PyTorch's CUDA layer norm needs 3.3
+#: times the error of the yardstick (fp32, dweight, one gradient for all).
+PARAMETER_GRADIENT_FACTOR = 4.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 #: Tag -> sizes of cases beside the plain ones. More tokens than 65,535, a limit of grids on many devices; the channels

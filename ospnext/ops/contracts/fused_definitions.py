@@ -51,20 +51,27 @@ def _inverse_root(x: Tensor) -> Tensor:
     return x.sqrt().reciprocal()
 
 
+def _mean(x: Tensor) -> Tensor:
+    """Of each row, by a correctly rounded division. `Tensor.mean` of a GPU multiplies by a rounded reciprocal, as its
+    division by a number does: off by the same in every row, which adds up in sums over tokens.
+    """
+    return x.sum(-1, keepdim=True) / x.new_full((), x.shape[-1])
+
+
 # ---- rms_norm
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide_x, wide_weight = _wide(x, weight)
-    return (wide_x * _inverse_root(wide_x.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype).contiguous()
+    return (wide_x * _inverse_root(_mean(wide_x.square()) + eps) * wide_weight).to(x.dtype).contiguous()
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float):
     wide_x, wide_grad, wide_weight = _wide(x, grad, weight)
-    inverse = _inverse_root(wide_x.square().mean(-1, keepdim=True) + eps)
+    inverse = _inverse_root(_mean(wide_x.square()) + eps)
     normed, scaled = wide_x * inverse, wide_grad * wide_weight
-    dx = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx = inverse * (scaled - normed * _mean(scaled * normed))
     return dx.to(x.dtype), (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype), None
 
 
@@ -88,8 +95,8 @@ def layer_norm_modulate(
 
 def layer_norm_modulate_backward(grad: Tensor, x: Tensor, weight, bias, shift, scale, eps: float):
     wide_x, wide_grad, wide_weight, wide_bias, wide_scale = _wide(x, grad, weight, bias, scale)
-    centred = wide_x - wide_x.mean(-1, keepdim=True)
-    inverse = _inverse_root(centred.square().mean(-1, keepdim=True) + eps)
+    centred = wide_x - _mean(wide_x)
+    inverse = _inverse_root(_mean(centred.square()) + eps)
     normed = centred * inverse
     dweight = dbias = dshift = dscale = None
     if wide_scale is not None:
@@ -99,7 +106,7 @@ def layer_norm_modulate_backward(grad: Tensor, x: Tensor, weight, bias, shift, s
     if wide_weight is not None:
         dweight, dbias = (wide_grad * normed).sum((0, 1)).to(weight.dtype), wide_grad.sum((0, 1)).to(bias.dtype)
         wide_grad = wide_grad * wide_weight
-    dx = inverse * (wide_grad - wide_grad.mean(-1, keepdim=True) - normed * (wide_grad * normed).mean(-1, keepdim=True))
+    dx = inverse * (wide_grad - _mean(wide_grad) - normed * _mean(wide_grad * normed))
     return dx.to(x.dtype), dweight, dbias, dshift, dscale, None
 
 
