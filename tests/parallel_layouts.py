@@ -18,12 +18,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from ospnext.errors import ConfigError
 from ospnext.models import OSPNextTransformer, TransformerConfig, preset, quantize_model
 from ospnext.models.layers import CrossAttention
 from ospnext.models.quant_policy import QuantPolicy
 from ospnext.ops import use_backend
 from ospnext.ops.collective import all_gather
 from ospnext.parallel import SequenceParallel
+from ospnext.parallel.exchange import Payload
 
 HEADS = 8
 WIDE = {"dim": 96, "num_heads": HEADS, "ffn_dim": 64}
@@ -41,6 +43,7 @@ class Layout:
     batch: int = 1
     heads: int = HEADS
     quant: bool = False
+    payload: Payload = "plain"
     #: What is wrong on purpose.
     mutant: str = ""
 
@@ -48,7 +51,8 @@ class Layout:
     def name(self) -> str:
         shape = "x".join(map(str, self.grid))
         words = f"ssp{self.ssp}-ulysses{self.ulysses}-k{self.k}-full{self.full}-{shape}-b{self.batch}-h{self.heads}"
-        return words + ("-hif8" if self.quant else "") + (f"-{self.mutant}" if self.mutant else "")
+        payload = "" if self.payload == "plain" else f"-{self.payload}-payload"
+        return words + ("-hif8" if self.quant else "") + payload + (f"-{self.mutant}" if self.mutant else "")
 
 
 #: 480P and 720P have 30 x 52 and 45 x 80 tokens a frame: these are an eighth and less of them, and odd ones.
@@ -71,6 +75,8 @@ LAYOUTS: dict[int, tuple[Layout, ...]] = {
         Layout(1, 4, full=0),
         Layout(4, 1, quant=True),
         Layout(2, 2, quant=True),
+        Layout(4, 1, grid=LIKE_720P, payload="hif8"),
+        Layout(2, 2, batch=2, payload="hif8"),
         Layout(4, 1, mutant="sliced-adjoint"),
     ),
     6: (Layout(2, 3, grid=LIKE_720P), Layout(3, 2, k=3, grid=(2, 10, 13), batch=2), Layout(1, 6, k=1, full=0)),
@@ -93,7 +99,7 @@ def model_of(layout: Layout) -> OSPNextTransformer:
 
 
 def run(model: OSPNextTransformer, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-    """(velocity, gradients of a loss that is not the same for any two tokens)."""
+    """(velocity, gradients of a loss that is not the same for any two tokens; none where 8 bits travel)."""
     config, generator = model.config, torch.Generator().manual_seed(2)
     (t, h, w), (_, ph, pw) = layout.grid, config.patch_size
 
@@ -103,10 +109,24 @@ def run(model: OSPNextTransformer, layout: Layout) -> tuple[Tensor, dict[str, Te
     latents = randn(layout.batch, config.in_dim, t, h * ph, w * pw)
     text, weight = randn(layout.batch, config.text_len, config.text_dim), randn(*latents.shape)
     timestep = torch.full((layout.batch,), 500.0, dtype=torch.float64)
+    if layout.payload != "plain":
+        return eight_bits(model, latents, timestep, text), {}
     velocity = model(latents, timestep, text)
     (velocity * weight).sum().backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     return velocity.detach(), gradients
+
+
+def eight_bits(model: OSPNextTransformer, *inputs: Tensor) -> Tensor:
+    """The velocity; asking for gradients where ranks exchange 8 bits must be refused."""
+    refused = model.sequence is None
+    try:
+        model(*inputs)
+    except ConfigError as error:
+        refused = "has no gradient" in str(error)
+    assert refused
+    with torch.no_grad():
+        return model(*inputs)
 
 
 def share(model: OSPNextTransformer, layout: Layout, rank: int) -> None:
@@ -116,7 +136,7 @@ def share(model: OSPNextTransformer, layout: Layout, rank: int) -> None:
         ranks = list(range(first, first + layout.ulysses))
         made = dist.new_group(ranks)
         group = made if rank in ranks else group
-    model.sequence = SequenceParallel(layout.ssp, layout.ulysses, rank, dist.group.WORLD, group)
+    model.sequence = SequenceParallel(layout.ssp, layout.ulysses, rank, dist.group.WORLD, group, layout.payload)
     for module in model.modules():
         if hasattr(module, "amax_group"):
             module.amax_group = dist.group.WORLD  # type: ignore[assignment]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import SMALL, random_model, sparse
 
+from ospnext.cli import main
 from ospnext.config import resolve
 from ospnext.errors import ConfigError
 from ospnext.generation.config import GenerateConfig, VideoConfig
@@ -173,6 +174,16 @@ def test_torchrun_is_known_by_what_it_sets(monkeypatch):
     assert launched() == Launch(rank=5, world=8, local_rank=1, local_world=4)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launched() is None
+
+
+def test_half_an_environment_is_an_error_in_one_line(monkeypatch, capsys):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["generate", "a fox", "--model", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "but not RANK, WORLD_SIZE, LOCAL_WORLD_SIZE: start ranks with torchrun, or unset LOCAL_RANK" in said
 
 
 def test_each_rank_of_a_host_has_a_device_of_its_own(monkeypatch):

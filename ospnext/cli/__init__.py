@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ospnext.config import did_you_mean
 from ospnext.errors import ConfigError, OSPNextError
-from ospnext.launch import launched
+from ospnext.launch import on_rank
 
 # name, of one or two words: (module, one line for `ospnext --help`)
 COMMANDS = {
@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return _run(list(sys.argv[1:] if argv is None else argv))
     except OSPNextError as error:
-        launch = launched()
-        where = "" if launch is None else f" on rank {launch.rank}"
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(f"error{on_rank()}: {error}", file=sys.stderr)
         return EXIT_ERROR
     except RuntimeError as error:
         # From `import torch`, which loads what vendors' packages tell it to.
