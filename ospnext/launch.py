@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from ospnext.errors import ConfigError
 
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-
-
 @dataclass(frozen=True)
 class Launch:
     """This process among `world` of a job, of which `local_world` run on this host."""
@@ -31,23 +28,23 @@ def launched() -> Launch | None:
     """
     if "LOCAL_RANK" not in os.environ:
         return None
-    if missing := [name for name in _VARIABLES if name not in os.environ]:
+    found = {
+        "RANK": os.environ.get("RANK"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE"),
+    }
+    if missing := [name for name, value in found.items() if value is None]:
         raise ConfigError(
-            f"LOCAL_RANK is set, as torchrun sets it, but not {', '.join(missing)}: start ranks with torchrun, or unset "
-            "LOCAL_RANK"
+            f"LOCAL_RANK is set, as torchrun sets it, but not {', '.join(missing)}: start ranks with torchrun, or "
+            "unset LOCAL_RANK"
         )
-    if os.environ["WORLD_SIZE"] == "1":
-        return None
-    return Launch(
-        rank=int(os.environ["RANK"]),
-        world=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
-    )
+    rank, world, local_rank, local_world = (int(value) for value in found.values() if value is not None)
+    return None if world == 1 else Launch(rank, world, local_rank, local_world)
 
 
 def on_rank() -> str:
-    """ " on rank 3" in a job of several ranks, for an error; empty otherwise, also where the environment is in disorder."""
+    """ " on rank 3" in a job of several ranks, for an error; empty otherwise, also in half an environment."""
     try:
         launch = launched()
     except ConfigError:

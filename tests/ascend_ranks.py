@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ospnext import ops
-from ospnext.backends.ascend.collective import communicator_name
+from ospnext.backends.ascend.communicator import communicator_name
 from ospnext.conformance.models import SPARSE, Subject, random_inputs, random_weights
 from ospnext.models import OSPNextTransformer
 from ospnext.ops.tolerance import Verdict, judge

@@ -123,6 +123,23 @@ def meetings():
     return came, left
 
 
+def set_up_twice(port):
+    """Seconds that a barrier took for which rank 1 is a second late, after torch.distributed was set up anew with the
+    store of before, as the ranks of one torchrun do."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    collective.barrier(timeout=30)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    if rank == 1:
+        time.sleep(1)
+    started = time.monotonic()
+    collective.barrier(timeout=30)
+    return time.monotonic() - started
+
+
 def agree(facts_by_rank):
     """The error of an agreement among ranks that have facts of their own."""
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from host_npu_child import on_host_npu
 
-from ospnext.backends.ascend import collective
+from ospnext.backends.ascend import communicator
 from ospnext.backends.ascend.predicates_collective import hccl
 from ospnext.ops.contracts.collective import CONTRACT, CollectiveRequest
 from ospnext.ops.registry import DeviceInfo
@@ -61,11 +61,16 @@ def test_what_hccl_is_not_asked(operation, dtype, ranks, codes) -> None:
     assert [need.reason.code for need in hccl(request, NPUS) if not need.met] == codes
 
 
+def test_ranks_on_other_hosts_need_no_npu_of_this_one() -> None:
+    request = CollectiveRequest("npu", torch.float32, "all_gather", 16, elements=8, local_ranks=8)
+    assert all(need.met for need in hccl(request, NPUS))
+
+
 @pytest.mark.parametrize("name", ["", "x" * 128])
 def test_a_communicator_without_a_usable_name_is_an_error(name, monkeypatch) -> None:
     backend = SimpleNamespace(get_hccl_comm_name=lambda rank: name)
     group = SimpleNamespace(_get_backend=lambda device: backend)
-    monkeypatch.setattr(collective.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(collective.torch, "device", str)  # a PyTorch without torch_npu knows no such device
+    monkeypatch.setattr(communicator.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(communicator.torch, "device", str)  # a PyTorch without torch_npu knows no such device
     with pytest.raises(ValueError, match="operators take names of 1 to 127 characters"):
-        collective.communicator_name(group)
+        communicator.communicator_name(group)

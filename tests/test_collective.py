@@ -14,6 +14,7 @@ from ospnext.conformance import by_ranks
 from ospnext.conformance.check import Check, CheckFailure, Target
 from ospnext.conformance.ranks import LIMITS, Job, Limits, run_cases
 from ospnext.errors import UnsupportedRequestError
+from ospnext.launch import Launch
 from ospnext.ops import collective
 from ospnext.ops.contracts.collective import CONTRACT, RANKS
 from ospnext.ops.policy import use_registry
@@ -198,3 +199,12 @@ def test_one_rank_gets_a_copy() -> None:
         assert torch.equal(out, x)
         assert out.is_contiguous()
         assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_ranks_on_several_hosts_are_told_apart(monkeypatch):
+    """16 ranks, 8 on each host: a transport needs devices for its own eight."""
+    launch = Launch(rank=9, world=16, local_rank=1, local_world=8)
+    monkeypatch.setattr(collective, "launched", lambda: launch)
+    assert [collective._local_ranks(ranks) for ranks in (2, 8, 16)] == [None, None, 8]
+    monkeypatch.setattr(collective, "launched", lambda: None)
+    assert collective._local_ranks(16) is None

@@ -92,6 +92,13 @@ NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn
         ("fused.rms_norm_rope", HIDDEN, HOPPER, ("triton",), "cuda.torch"),
         ("native_attention", NATIVE, HOPPER, (), "cuda.cudnn_fp8"),
         ("collective", CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 8, 64), HOPPER, (), "cuda.nccl"),
+        (
+            "collective",
+            CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 16, 64, local_ranks=8),
+            HOPPER,
+            (),
+            "cuda.nccl",
+        ),
         ("collective", CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 2, 64), AMPERE, (), "cuda.host"),
     ],
 )
@@ -102,7 +109,10 @@ def test_what_is_chosen(contract, request_, device, missing, chosen):
 def test_two_ranks_on_one_gpu_are_told_why_not_nccl():
     decision = decide("collective", CollectiveRequest("cuda", torch.bfloat16, "all_reduce", 2, 64), AMPERE)
     (nccl,) = (c for c in decision.candidates if c.id == "cuda.nccl")
-    assert [str(r) for r in nccl.reasons] == ["ranks: got 2 ranks and 1 GPU on this machine, want a GPU for each rank"]
+    assert [str(r) for r in nccl.reasons] == [
+        "ranks: got 2 ranks and 1 GPU on this machine, want a GPU for each rank, and each rank seeing all GPUs of its "
+        "host"
+    ]
 
 
 PLAIN = {

@@ -15,7 +15,7 @@ from ospnext.config import resolve
 from ospnext.errors import ConfigError
 from ospnext.generation.config import GenerateConfig, VideoConfig
 from ospnext.generation.manifest import append_entry, merge_parts, read_manifest
-from ospnext.generation.parallel import chosen_layout
+from ospnext.generation.parallel import chosen_layout, idle_replicas
 from ospnext.launch import Launch, launched
 from ospnext.models import TransformerConfig, preset
 from ospnext.models.parallelize import divisible, rank_tokens, share_samples
@@ -128,13 +128,28 @@ def test_guidance_decides_how_many_branches_there_are():
     assert run_layout(None, parallel={"ssp": 2}).world == 2
 
 
+BATCHED, COMPILED = {"sampling": {"batched_guidance": "on"}}, {"compile": "blocks"}
+UPSTREAM = {"quant": "hif8", "quant_policy": {"compat": "upstream_bf16"}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampling": {"batched_guidance": "on"}}, "parallel.cfg=2 on different ranks"),
-        ({"compile": "blocks"}, "compile=blocks: exchanges between ranks cannot be traced"),
-        ({"quant": "hif8", "quant_policy": {"compat": "upstream_bf16"}}, "knows one process only"),
-        ({"parallel": {"payload": "hif8", "ssp": 1}}, "payload=hif8 has no effect with ssp 1"),
+        (BATCHED | {"parallel": {"cfg": 2}}, "parallel.cfg=2 on different ranks"),
+        (BATCHED | {"parallel": {"dp": 1, "ssp": 4, "ulysses": 1}}, "parallel.cfg=2 on different ranks"),
+        (
+            COMPILED | {"parallel": {"ssp": 4}},
+            r"compile=blocks: exchanges between ranks cannot be traced into a graph, .* share samples here \(dp 1 x "
+            r"cfg 2 x ssp 4 x ulysses 1\): set parallel.ssp=1 parallel.ulysses=1, or compile=off$",
+        ),
+        (COMPILED | {"parallel": {"ulysses": 2}}, "compile=blocks: exchanges between ranks cannot be traced"),
+        (COMPILED | {"parallel": {"dp": 1}}, "compile=blocks: exchanges between ranks cannot be traced"),
+        (UPSTREAM | {"parallel": {"ssp": 4}}, "knows one process only"),
+        (UPSTREAM | {"parallel": {"dp": 1}}, "knows one process only"),
+        (
+            {"parallel": {"payload": "hif8", "ssp": 1}},
+            "payload=hif8 has no effect with ssp 1 .*: leave it out, or take ssp 2 or more, as a run that is resumed",
+        ),
         ({"video": VideoConfig(height=32, width=48, num_frames=5)}, "leaves rank . without any"),
     ],
 )
@@ -146,6 +161,29 @@ def test_settings_that_do_not_go_with_ranks(settings, message):
 def test_branches_alone_go_with_compilation():
     """What is exchanged then is outside of the model."""
     assert run_layout(2, compile="blocks").sizes == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        (BATCHED, (1, 1, 4, 2)),
+        (COMPILED, (4, 2, 1, 1)),
+        (UPSTREAM, (4, 2, 1, 1)),
+        (BATCHED | COMPILED, (8, 1, 1, 1)),
+        (COMPILED | {"parallel": {"dp": 8}}, (8, 1, 1, 1)),
+    ],
+)
+def test_sizes_that_are_not_given_follow_other_settings(settings, sizes):
+    assert run_layout(8, **settings).sizes == sizes
+
+
+def test_replicas_without_a_video_are_told():
+    said = [idle_replicas(ParallelConfig(dp=8, cfg=2), videos) for videos in (1, 7, 8, 9)]
+    assert said[2:] == [None, None]
+    assert [line.partition(";")[0] for line in said[:2]] == [
+        "dp 8: 7 replicas have no video",
+        "dp 8: 1 replica has no video",
+    ]
 
 
 def test_tokens_of_ranks_add_up_and_are_counted_at_their_most():
@@ -204,7 +242,7 @@ GROUP, OTHER = object(), object()
 
 
 def sequence():
-    return SequenceParallel(2, 2, 1, GROUP, OTHER)  # type: ignore[arg-type]
+    return SequenceParallel(2, 1, 1, GROUP, OTHER)  # type: ignore[arg-type]
 
 
 def groups_in(model):
@@ -225,6 +263,24 @@ def test_scales_of_whole_tensors_are_shared_and_those_of_tokens_are_not(granular
     share_samples(share_samples(model, sequence()), None)
     assert model.sequence is None
     assert set(groups_in(model).values()) == {None}
+
+
+def test_a_model_is_quantized_before_it_shares_its_samples():
+    """Afterwards its layers would scale by the tokens of one rank."""
+    model = share_samples(random_model(sparse(SMALL)), sequence())
+    with pytest.raises(ConfigError, match="quantize it first, and share it then"):
+        quantize_model(model, QuantPolicy("hif8", "hif8"))
+    assert type(model.blocks[0].ffn[0]) is torch.nn.Linear
+
+
+def test_ranks_without_a_head_are_refused_before_they_exchange():
+    model = random_model(sparse(SMALL))
+    heads = model.config.num_heads
+    with pytest.raises(ConfigError, match=f"{heads + 1} ranks would divide the {heads} heads"):
+        share_samples(model, SequenceParallel(1, heads + 1, 0, GROUP, GROUP))
+    with pytest.raises(ConfigError, match="ssp must be one of 1, 2, 4"):
+        share_samples(model, SequenceParallel(3, 1, 0, GROUP, GROUP))
+    assert model.sequence is None
 
 
 def test_a_model_is_compiled_or_shares_its_samples():

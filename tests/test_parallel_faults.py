@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import signal
+import socket
 
 import failing_ranks
 import pytest
@@ -129,6 +130,15 @@ def test_a_barrier_returns_when_the_last_rank_has_come() -> None:
     for number in range(4):
         last = max(came[number] for came, _ in found)
         assert all(left[number] >= last for _, left in found)
+
+
+def test_a_barrier_waits_after_a_second_set_up_too() -> None:
+    """Its keys are not those that the first one left in the store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waited, _ = results(run_ranks(failing_ranks.set_up_twice, 2, port))
+    assert waited > 0.8
 
 
 # ---- agreement

@@ -26,9 +26,9 @@ MANIFEST = Manifest(
         Implementation(
             "ascend.hccl",
             "collective",
-            f"{_HERE}.collective:hccl",
+            f"{_REFERENCE}.device_collective:on_device",
             supports=f"{_HERE}.predicates_collective:hccl",
-            handles=frozenset({"uneven", "reduction"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks"}),
             refusals=(
                 Refusal("ranks", {"ranks": 2}, device={"count": 1}),
                 Refusal("dtype", {"dtype": torch.float8_e4m3fn}),
@@ -40,7 +40,7 @@ MANIFEST = Manifest(
             "collective",
             f"{_REFERENCE}.collective:gloo",
             supports=f"{_REFERENCE}.predicates:gloo",
-            handles=frozenset({"uneven", "reduction"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks"}),
             refusals=(Refusal("dtype", {"dtype": torch.float8_e4m3fn}),),
             note="gloo through the host: any number of ranks can share an NPU",
         ),

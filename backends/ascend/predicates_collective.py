@@ -17,12 +17,13 @@ _MOVED = (*_REDUCED, torch.float64, torch.uint8, torch.int8, torch.bool)
 
 
 def hccl(request: CollectiveRequest, device: DeviceInfo) -> Iterator[Need]:
-    """HCCL refuses two ranks on one NPU. Only the NPUs of this machine are counted so far."""
+    """HCCL refuses two ranks on one NPU."""
+    here = request.local_ranks or request.ranks
     yield need(
-        request.ranks <= device.count,
+        here <= device.count,
         "ranks",
-        got=f"{request.ranks} ranks and {device.count} NPU{'s' if device.count > 1 else ''} on this machine",
-        want="an NPU for each rank",
+        got=f"{here} ranks and {device.count} NPU{'s' if device.count > 1 else ''} on this machine",
+        want="an NPU for each rank, and each rank seeing all NPUs of its host",
     )
     if request.operation in ("all_reduce", "reduce_scatter"):
         yield need(request.dtype in _REDUCED, "dtype", got=request.dtype, want="fp32, bf16, fp16 or int16 to int64")

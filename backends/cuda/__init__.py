@@ -142,9 +142,9 @@ MANIFEST = Manifest(
         Implementation(
             "cuda.nccl",
             "collective",
-            f"{_HERE}.collective:nccl",
+            f"{_REFERENCE}.device_collective:on_device",
             supports=f"{_HERE}.predicates:nccl",
-            handles=frozenset({"uneven", "reduction"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks"}),
             refusals=(
                 Refusal("ranks", {"ranks": 2}, device={"count": 1}),
                 Refusal("dtype", {"dtype": torch.float8_e4m3fn}),
@@ -156,7 +156,7 @@ MANIFEST = Manifest(
             "collective",
             f"{_REFERENCE}.collective:gloo",
             supports=f"{_REFERENCE}.predicates:gloo",
-            handles=frozenset({"uneven", "reduction"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks"}),
             refusals=(Refusal("dtype", {"dtype": torch.float8_e4m3fn}),),
             note="gloo through the host: any number of ranks can share a GPU",
         ),

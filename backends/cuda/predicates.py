@@ -94,12 +94,13 @@ def efficient(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
 
 
 def nccl(request: CollectiveRequest, device: DeviceInfo) -> Iterator[Need]:
-    """NCCL refuses two ranks on one GPU. Only the GPUs of this machine are counted so far."""
+    """NCCL refuses two ranks on one GPU."""
+    here = request.local_ranks or request.ranks
     yield need(
-        request.ranks <= device.count,
+        here <= device.count,
         "ranks",
-        got=f"{request.ranks} ranks and {device.count} GPU{'s' if device.count > 1 else ''} on this machine",
-        want="a GPU for each rank",
+        got=f"{here} ranks and {device.count} GPU{'s' if device.count > 1 else ''} on this machine",
+        want="a GPU for each rank, and each rank seeing all GPUs of its host",
     )
     yield need(request.dtype.itemsize > 1 or request.dtype == torch.uint8, "dtype", got=request.dtype, want="uint8")
 

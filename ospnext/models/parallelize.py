@@ -45,11 +45,14 @@ def share_samples(
 
     All of them call it with the same latents, timesteps and text, and get the same velocity. With `share_scales`,
     HiFloat8 scales of a whole tensor are those of all its parts, as on one process; otherwise of the part on each rank.
+    8-bit attention alone (`attention="native"`) scales v on each rank by itself, after taking out its own mean.
 
     Raises:
-        ConfigError: the model is compiled, or quantizes in a form that cannot share scales. It is then as it was.
+        ConfigError: the model cannot be divided so, or is compiled, or quantizes in a form that cannot share scales. It
+            is then as it was.
     """
     if sequence is not None:
+        ParallelConfig.chosen(divisible(model.config), None, {"ssp": sequence.ssp, "ulysses": sequence.ulysses})
         _require_eager(model)
         if share_scales:
             _require_contracts(model)

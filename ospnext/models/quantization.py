@@ -24,10 +24,12 @@ def quantize_model(model: OSPNextTransformer, policy: QuantPolicy, *, store: boo
             and can be trained.
 
     Raises:
-        ConfigError: the model has no such block, or one of the layers is quantized already, or the model is sharded,
-            or `store` is asked for with a `compat`. The model is then as it was.
+        ConfigError: the model has no such block, or one of the layers is quantized already, or the model is sharded
+            or shares its samples, or `store` is asked for with a `compat`. The model is then as it was.
     """
     layers, recipe = model.config.num_layers, policy.recipe
+    if model.sequence is not None:
+        raise ConfigError("the model shares its samples with other ranks: quantize it first, and share it then")
     if store and policy.compat != "none":
         raise ConfigError(f"compat={policy.compat!r} quantizes weights in each call: it has no stored codes")
     linears = {name: model.get_submodule(name) for name in policy.linear_names(layers)}

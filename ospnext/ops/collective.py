@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ospnext.launch import launched
 from ospnext.ops import collective_bytes
 from ospnext.ops.collective_bytes import count_bytes
 from ospnext.ops.collective_errors import guarded
@@ -258,7 +259,8 @@ _decided = Decided(CONTRACT)
 
 def _kernel(operation: Operation, x: Tensor, ranks: int, **features: Any) -> CollectiveKernel:
     """The implementation for a call. The request is all that selection sees, so it is the signature as well."""
-    request = CollectiveRequest(x.device.type, x.dtype, operation, ranks, x.numel(), **features)
+    local = _local_ranks(ranks)
+    request = CollectiveRequest(x.device.type, x.dtype, operation, ranks, x.numel(), local_ranks=local, **features)
     return _decided.get(request) or _decided.decide(request, request)
 
 
@@ -272,6 +274,12 @@ def _sum_onto(x: Tensor, source: int, group: ProcessGroup | None) -> Tensor:
     Zeros stay a function of x: a gradient of theirs must call on every rank what it calls on the source."""
     total, (_, rank) = all_reduce(x, "sum", group), _place(group)
     return total if rank == source else total.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
+
+
+def _local_ranks(ranks: int) -> int | None:
+    """How many of them are on this host, at most; None where all may be."""
+    launch = launched()
+    return None if launch is None or ranks <= launch.local_world else launch.local_world
 
 
 def _place(group: ProcessGroup | None) -> tuple[int, int]:

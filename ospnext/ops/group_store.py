@@ -7,7 +7,6 @@ import datetime
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -16,8 +15,9 @@ from ospnext.errors import CollectiveError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
-#: Meetings that this process has called, by group and topic.
-_held: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
+#: Meetings that this process has called, by ranks, name of the group and topic. Never forgotten: a job that sets up
+#: torch.distributed anew meets in the same store, which still has the last keys of before.
+_held: Counter[tuple[tuple[int, ...], str, str]] = Counter()
 
 
 def meet(topic: str, value: str, group: ProcessGroup | None, timeout: float) -> list[str]:
@@ -28,13 +28,13 @@ def meet(topic: str, value: str, group: ProcessGroup | None, timeout: float) -> 
     """
     group = group_of(group)
     store, rank, ranks = group.get_group_store(), group.rank(), group.size()
-    held = _held.setdefault(group, Counter())
-    held[topic] += 1
-    keys = [f"ospnext/{topic}/{held[topic]}/{rank}" for rank in range(ranks)]
+    place = (tuple(dist.get_process_group_ranks(group)), group.group_name, topic)
+    _held[place] += 1
+    keys = [f"ospnext/{topic}/{_held[place]}/{rank}" for rank in range(ranks)]
     started = time.monotonic()
     try:
-        if held[topic] > 2:  # everyone came to the last meeting, so all have left the one before: its keys are read
-            store.delete_key(f"ospnext/{topic}/{held[topic] - 2}/{rank}")
+        if _held[place] > 2:  # everyone came to the last meeting, so all have left the one before: its keys are read
+            store.delete_key(f"ospnext/{topic}/{_held[place] - 2}/{rank}")
         store.set(keys[rank], value)
         store.wait(keys, datetime.timedelta(seconds=timeout))
         return [store.get(key).decode() for key in keys]

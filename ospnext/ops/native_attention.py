@@ -68,7 +68,9 @@ def native_attention(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError(f"native attention is for inference: it has no gradient. {_INSTEAD}, or torch.no_grad()")
     group = remember_group(amax_group)
-    # v has another scale once its mean is gone, and ranks need not share that: they hold other heads of it.
+    # v has another scale once its mean is gone, and ranks do not share that. Where they hold other heads of it, nothing
+    # changes but a scale; where they hold other tokens, the result differs from that of one process by about as much as
+    # quantization itself does.
     amax = [amax_op(t, "tensor", group) for t in (q, k)] if group else []
     pack = (cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
     return _op(q, k, v, *pack, scale, recipe.scale_max, recipe.scale_mode, amax)

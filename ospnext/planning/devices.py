@@ -84,8 +84,10 @@ def known_devices(more: Path | None = None) -> dict[str, Device]:
                 raise ConfigError(f"{path}: {name!r} must be a section with the figures of a device")
             device = resolve(Device, (f"{path}: {name}", values))
             for figure, known in device.figures:
-                if known.value <= 0:
+                if not known.value > 0:
                     raise ConfigError(f"{path}: {name}.{figure} must be positive, found {known.value:g}")
+            if device.per_node.value != int(device.per_node.value):
+                raise ConfigError(f"{path}: {name}.per_node must be a whole number, found {device.per_node.value:g}")
             found[str(name)] = device
     return found
 

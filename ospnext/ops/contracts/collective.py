@@ -51,6 +51,8 @@ class CollectiveRequest:
     elements: int
     uneven: bool = False
     reduction: Literal["sum", "max"] = "sum"
+    #: Where ranks are on several hosts: how many of them are on this one, at most.
+    local_ranks: int | None = None
 
 
 # ---- cases

@@ -1,11 +1,10 @@
-"""`ascend.hccl`: torch.distributed on the NPUs of the group, each rank with one of its own, and the name by which
-fused operators know its communicator. HiF8 codes travel as the uint8 they are stored in.
+"""torch.distributed on tensors where they are, for backends whose devices have a transport of their own: what is alike
+for NCCL, HCCL and others. The reference backend itself goes through the host: collective.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +13,14 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 _REDUCTIONS = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}
 
-# The forms of one tensor, since those of a list are copied by HCCL's front end; torch 2.13 gave them other names.
+# The forms of one tensor, since transports copy those of a list; torch 2.13 gave them other names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class HcclCollectives:
-    """Each result is allocated here, and inputs are only read: what PyTorch does in place, it does on a copy. HCCL
-    takes contiguous memory only.
+class DeviceCollectives:
+    """Each result is allocated here, and inputs are only read: what PyTorch does in place, it does on a copy.
+    Transports take contiguous memory only.
     """
 
     def all_to_all(
@@ -38,7 +37,7 @@ class HcclCollectives:
         work = dist.all_to_all_single(out, sent, list(receive_splits), list(send_splits), group=group, async_op=True)
 
         def finish() -> Tensor:
-            work.wait()  # of the current stream, for HCCL's own; `work` holds what is sent until then
+            work.wait()  # of the current stream, for the transport's own; `work` holds what is sent until then
             return out
 
         return finish
@@ -64,25 +63,4 @@ class HcclCollectives:
         return out
 
 
-def communicator_name(group: ProcessGroup | None = None) -> str:
-    """The name of the group's HCCL communicator, which vendor operators that communicate take as `hcom`.
-
-    The first call makes the communicator, so that every rank of the group has to make it.
-
-    Raises:
-        ValueError: the group has no HCCL communicator, or HCCL gave it no name of 1 to 127 characters.
-    """
-    group = group or dist.group.WORLD
-    try:
-        backend: Any = group._get_backend(torch.device("npu"))  # type: ignore[union-attr]
-        name = backend.get_hccl_comm_name(dist.get_rank())
-    except (RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"this process group has no HCCL communicator ({error}): make it with backend 'hccl' or 'cpu:gloo,npu:hccl'"
-        ) from error
-    if not 0 < len(name) < 128:
-        raise ValueError(f"HCCL calls the communicator {name!r}; operators take names of 1 to 127 characters")
-    return name
-
-
-hccl = HcclCollectives()
+on_device = DeviceCollectives()
