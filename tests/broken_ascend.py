@@ -66,11 +66,21 @@ class MaskedValuesMultiplied(Fusion):
 
 
 class LogsumexpAsItIs(Fusion):
-    """The gradient is told the logsumexp -inf of rows without keys, and a sum of 1."""
+    """The gradient is told the logsumexp -inf of rows without keys, and a sum of 1, and kept as it comes."""
+
+    def without_keyless(self, gradients, key_mask):
+        return gradients
 
     def call_grad(self, grad_out, q, k, v, out, found, layout, scale, **more):
         unbounded = found[0].masked_fill(found[0] == torch.finfo(torch.float32).max, -torch.inf)
         return super().call_grad(grad_out, q, k, v, out, (unbounded, found[1]), layout, scale, **more)
+
+
+class GradientOfKeyless(Fusion):
+    """The gradient of samples without keys is what the operator makes of their queries."""
+
+    def without_keyless(self, gradients, key_mask):
+        return gradients
 
 
 # ---- packs

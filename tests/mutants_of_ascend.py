@@ -52,6 +52,7 @@ MUTANTS = dict(
         _refused("MaskOfOneRow", "fusion", f"b2-{_ODD}-mask", _PLAIN, f"{_FA}atten_mask has shape"),
         _of("MaskMissingInGradient", "fusion", f"b2-{_ODD}-mask-lse-backward", f"b2-{_ODD}-mask"),
         _of("MaskedValuesMultiplied", "fusion", f"b2-{_ODD}-mask-lse-backward-nan", f"b2-{_ODD}-mask-lse-backward"),
+        _of("GradientOfKeyless", "fusion", f"b2-{_ODD}-mask-lse-backward-nan", f"b2-{_ODD}-mask-lse-backward"),
         _of("LogsumexpAsItIs", "fusion", f"b2-{_ODD}-mask-lse-backward", f"b2-{_ODD}-mask b2-{_ODD}-backward"),
         _refused(
             "LeadingZero", "fusion", f"{_PACK}-plain", _PLAIN, f"{_FA}actual_seq_qlen says where each sequence ends"

@@ -23,6 +23,7 @@ from ospnext.backends.ascend.attention.statistics import (
     statistics_of_pack,
 )
 from ospnext.backends.ascend.soc import generation
+from ospnext.conformance.acceptance.ask import items_of
 from ospnext.ops.contract import Reason
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.contracts.native_attention import NativeAttentionRequest
@@ -111,16 +112,38 @@ def test_nothing_may_be_left():
     assert len(pack((0, 3), (2, 0))) == 0
 
 
-def test_cu_seqlens_are_read_once(monkeypatch):
+def by_data(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    buffer.data.copy_(values)
+
+
+def by_memory(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    buffer.numpy()[:] = values.numpy()
+
+
+def by_collective(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1).scatter([buffer], [[values]]).wait()
+
+
+@pytest.mark.parametrize("write", [by_data, by_memory, by_collective])
+def test_cu_seqlens_are_what_they_hold_now(write):
+    """A preallocated tensor is filled again by what leaves its version as it is."""
+    q, k = torch.empty(5, 1, 8), torch.empty(7, 1, 8)
+    cu_q, cu_kv = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 2, 5], [0, 3, 7]))
+    assert packs.pack(q, k, cu_q, cu_kv).q.ends == [2, 5]
+    version = cu_q._version
+    write(cu_q, torch.tensor([0, 4, 5], dtype=torch.int32))
+    assert cu_q._version == version
+    assert packs.pack(q, k, cu_q, cu_kv).q.ends == [4, 5]
+
+
+def test_a_tensor_of_both_sides_is_read_once(monkeypatch):
     reads = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or to_list(self))
-    q, k = torch.empty(5, 1, 8), torch.empty(7, 1, 8)
-    cu_q, cu_kv = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 2, 5], [0, 3, 7]))
-    first, second = packs.pack(q, k, cu_q, cu_kv), packs.pack(q, k, cu_q, cu_kv)
-    assert first == second and len(reads) == 2
-    cu_q[1] = 4  # written since: it is read again
-    assert packs.pack(q, k, cu_q, cu_kv).q.ends == [4, 5] and len(reads) == 3
+    tokens, cu = torch.empty(5, 1, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert packs.pack(tokens, tokens, cu, cu).kv.ends == [2, 5] and len(reads) == 1
+    with pytest.raises(ValueError, match=r"cu_seqlens_kv must .* the number of tokens, 7"):
+        packs.pack(tokens, torch.empty(7, 1, 8), cu, cu)
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 2, 5], [0, 4, 3, 5], [0, 2, 6]])
@@ -236,6 +259,9 @@ def test_each_refusal_is_refused(implementation, chip):
         ("infer", "950", {"head_dim": 40}, ""),
         ("infer", "910C", {"head_dim": 96}, ""),
         ("infer", "910C", {"head_dim": 96, "packed": True}, "alignment"),
+        ("infer", "910B", {"head_dim": 64, "packed": True, "dtype": torch.float16}, ""),
+        ("infer", "910B", {"head_dim": 192}, ""),
+        ("infer", "910B", {"head_dim": 192, "packed": True}, "alignment"),
         ("infer", "950", {"head_dim": 96, "packed": True}, ""),
         ("infer_hif8", "950", {"head_dim": 256}, "head_dim"),
         ("infer_hif8", "950", {"packed": True, "batch": 3}, ""),
@@ -308,6 +334,22 @@ def test_a_gradient_may_follow_another_forward(found):
 
 def test_a_pack_has_an_end(found):
     assert "at most 1000000 tokens; got 1200000 queries and 9 keys" in found["tokens"]
+
+
+def test_the_older_chips_are_asked_what_pages_disagree_about():
+    """Which packs the operator for inference takes; a 950 takes all."""
+    older = {i.id: i for i in items_of("ascend", device("910B"))}
+    assert "infer/packed-head-size" not in {i.id for i in items_of("ascend", device("950"))}
+    assert "predicates.py, infer" in older["infer/packed-head-size"].otherwise["refused"]
+    code = (
+        "import torch; from ospnext.conformance.acceptance.ask import ask, items_of; "
+        "from ospnext.ops.registry import registry; chip = registry().probe('ascend').device; "
+        "(item,) = (i for i in items_of('ascend', chip) if i.id == 'infer/packed-head-size'); "
+        "print(chip.capability, ask(item, torch.device('npu'), chip.name)['verdict'])"
+    )
+    done = on_host_npu("-c", code, HOST_NPU_SOC="Ascend910B4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "910B as expected"
 
 
 def test_fakes_are_ours_where_the_wheel_has_none(found):

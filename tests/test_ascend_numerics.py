@@ -73,7 +73,7 @@ def but(request, **changes):
         ("fused.layer_norm_modulate", but(TOKENS, affine=True, modulated=True), "ascend.npu", "ascend.npu"),
         ("fused.rms_norm_rope", TOKENS, "ascend.npu", "ascend.npu"),
         ("fused.rope", HEADS, "ascend.npu", "ascend.npu"),
-        ("fused.rope", but(HEADS, shape=(25, 77, 40, 128)), "ascend.npu", "ascend.torch"),
+        ("fused.rope", but(HEADS, shape=(25, 77, 40, 128)), "ascend.npu", "ascend.npu"),
         ("fused.rope", but(HEADS, shape=(1, 77, 4, 896)), "ascend.npu", "ascend.torch"),
         ("fused.rope", but(HEADS, shape=(1, 77, 4, 1026)), "ascend.torch", "ascend.torch"),
         ("fused.gelu_tanh", TOKENS, "ascend.npu", "ascend.npu"),

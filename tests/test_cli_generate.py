@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +18,17 @@ import torch
 
 from ospnext import ops
 from ospnext.cli import COMMANDS, main
+from ospnext.cli import generate as command
 from ospnext.cli.generate import split_words
+from ospnext.cli.ranks import Ranks
 from ospnext.config import read_yaml
 from ospnext.diffusion import FlowMatchSchedule
 from ospnext.errors import ConfigError
 from ospnext.generation import videos
 from ospnext.generation.config import SchedulerConfig
 from ospnext.generation.manifest import append_entry, read_manifest
+from ospnext.launch import Launch
+from ospnext.parallel.config import ParallelConfig
 from ospnext.pipelines import OSPNextPipeline, to_uint8, write_mp4, write_random_checkpoint
 
 SMALL = ["video.height=32", "video.width=48", "video.num_frames=5", "sampling.num_inference_steps=2"]
@@ -288,7 +293,7 @@ def test_backend_option_beats_the_environment_for_the_run_only(fake, prompts, mo
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(fake, prompts, tmp_path, capsys, monkeypatch):
-    def make_plan(run, jobs, device, layout):
+    def make_plan(run, jobs, device, layout, local_ranks):
         return SimpleNamespace(text=lambda: f"{len(jobs)} of {len(run.jobs)} on {device}")
 
     monkeypatch.setitem(sys.modules, "ospnext.generation.plan", SimpleNamespace(make_plan=make_plan))
@@ -306,6 +311,28 @@ def test_the_ways_to_run_reach_the_pipeline(tmp_path, checkpoint, monkeypatch):
     settings = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on"]
     assert generate("fox", "--model", checkpoint, "--output", tmp_path / "out", *SMALL, *settings) == 0
     assert (found["batched_guidance"], found["vae_tiling"], found["_compiled"].mode) == ("off", "on", "blocks")
+
+
+class AsIfFirst(Ranks):
+    """The first of ranks that are not there."""
+
+    def in_step(self, timeout=0.0):
+        return nullcontext()
+
+    def agree(self, facts, device):
+        pass
+
+
+def test_a_run_says_when_replicas_have_no_video(fake, prompts, capsys, monkeypatch):
+    ranks = AsIfFirst(Launch(rank=0, world=5, local_rank=0, local_world=5))
+    monkeypatch.setattr(command, "ranks_of_command", lambda: nullcontext(ranks))
+    monkeypatch.setattr(command, "_make_videos", lambda *_: 0)
+    for dp, said in ((5, "dp 5: 2 replicas have no video; "), (3, "")):
+        layout = ParallelConfig(dp=dp)
+        monkeypatch.setattr("ospnext.generation.parallel.layout_of", lambda run, world, layout=layout: layout)
+        assert generate(*prompts) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(said) and bool(out) == bool(said)
 
 
 # ---- interruption and resuming
@@ -426,6 +453,22 @@ def test_a_damaged_manifest_is_refused_with_its_line(tmp_path):
         file.write('{"file": "b.m')
     with pytest.raises(ConfigError, match=r"manifest\.jsonl:2: not a manifest entry"):
         read_manifest(tmp_path)
+
+
+def test_other_files_beside_the_manifest_are_left_alone(fake, prompts, tmp_path):
+    """Neither read as a part of it, nor put into it and deleted."""
+    out, backup = tmp_path / "out", {"file": "second.mp4", "seed": 77}
+    assert generate(*prompts) == 0
+    for name in ("manifest.backup.jsonl", "manifest.0.jsonl", "manifest.1.old.jsonl"):
+        append_entry(tmp_path, backup)
+        (tmp_path / "manifest.jsonl").rename(out / name)
+    before = read_manifest(out)
+    assert before["second.mp4"]["seed"] == 1
+    (out / "video_0.mp4").unlink()
+    assert generate(*prompts, "--resume") == 0
+    assert read_manifest(out)["second.mp4"] == before["second.mp4"]
+    for name in ("manifest.backup.jsonl", "manifest.0.jsonl", "manifest.1.old.jsonl"):
+        assert json.loads((out / name).read_text()) == backup
 
 
 def test_an_interrupted_append_leaves_the_manifest_as_it_was(tmp_path, monkeypatch):

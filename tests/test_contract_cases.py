@@ -174,6 +174,7 @@ def test_the_attention_oracle_is_scaled_dot_product_attention(name):
     if case.options.get("kind") == "nan":  # PyTorch multiplies masked values by zero; the contract never reads them
         for key in ("k", "v"):
             inputs[key] = inputs[key].where(inputs["key_mask"][..., None, None], 0.0)
+        inputs["q"] = inputs["q"].where(inputs["key_mask"].any(1)[:, None, None, None], 0.0)
     leaves = [inputs[key].double().requires_grad_() for key in ("q", "k", "v")]
     starts = [(None, None)]
     if case.request.packed:

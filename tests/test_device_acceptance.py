@@ -21,7 +21,7 @@ from ospnext.conformance.acceptance.ask import ask, items_of
 from ospnext.conformance.acceptance.run import Acceptance, succeeded
 from ospnext.conformance.host_npu import SENTENCE
 from ospnext.errors import BackendUnavailableError
-from ospnext.ops.acceptance import CannotAskError, Finding, Item, RefusedCallError
+from ospnext.ops.acceptance import REFUSED, CannotAskError, Finding, Item, RefusedCallError
 from ospnext.ops.policy import policy_from_env
 from ospnext.ops.registry import DeviceInfo, registry
 
@@ -161,6 +161,20 @@ def test_an_emulated_device_answers_as_documented_and_says_what_it_is(on_host):
     assert head.startswith(f"**This run is emulated: answers come from an emulation, not from a device** ({SENTENCE})")
 
 
+def test_no_answer_is_listed_that_a_part_of_its_item_cannot_give(on_host):
+    """Parts of an item answer together where all give the same answer: each has to know every one of them."""
+    found = json.loads((on_host / "acceptance.json").read_text())
+    seen = set()
+    for record in found["items"]:
+        listed = {*record["expected"], *record["otherwise"]} - {REFUSED}
+        for name, part in record["details"].items():
+            if isinstance(part, dict) and "answer" in part:
+                (known,) = (set(value) for value in part.values() if isinstance(value, dict))
+                assert listed <= known, (record["id"], name, listed - known)
+                seen.add(record["id"])
+    assert seen >= {"gelu/tanh", "cast/to-hif8", "quant_matmul/one-scale-each", "fusion/head-size", "packed/gradient"}
+
+
 #: Item -> (what it answers, a word of what is to be changed) where that answer is broken.
 WANTED = {
     "cast/to-hif8": ("saturates: NaN 0, Inf 32768", "OSPNEXT_OPS=hif8_encode=ascend.torch"),
@@ -229,3 +243,66 @@ def test_an_item_that_ends_its_process_ends_no_other(tmp_path, monkeypatch):
         "| `a/dies` | Is it? | could not run | the process died with exit code 3 |"
         in (tmp_path / "out" / "acceptance.md").read_text()
     )
+
+
+# ---- devices that are lost
+
+SCRIPTED = """
+import json, os, sys, time
+
+def say(**words):
+    print(json.dumps(words), flush=True)
+
+with open(os.environ["STARTS"], "a") as starts:
+    starts.write("x")
+began = len(open(os.environ["STARTS"]).read())
+if 1 < began <= 1 + int(os.environ["DEAD_STARTS"]):
+    time.sleep(60)
+common = {"why": "w", "question": "Is it?", "calls": [], "expected": {"refused": ""}, "otherwise": {},
+          "unforeseen": "u", "estimated_seconds": 0.1, "hardware_only": ""}
+items = [{"id": f"a/{n}", **common} for n in range(5)]
+say(items=items, environment={"packages": {}, "variables": {}},
+    device={"name": "made up", "count": 1, "memory": 0, "emulation": "", "versions": {}})
+for line in sys.stdin:
+    lost = line.strip() == "a/0"
+    say(id=line.strip(), **common, verdict="as expected", answer="refused", follows="", error="", excused=False,
+        seconds=0.0, details={"error": "said the device"}, lost=lost)
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """Records of a run whose first item loses the device; the given number of starts after it hang."""
+    (tmp_path / "scripted_worker.py").write_text(SCRIPTED)
+    monkeypatch.setattr(running, "WORKER", "scripted_worker")
+
+    def run(dead_starts: int) -> tuple[list[dict], int]:
+        starts = tmp_path / "starts"
+        variables = {"PYTHONPATH": str(tmp_path), "STARTS": str(starts), "DEAD_STARTS": str(dead_starts)}
+        acceptance = Acceptance("danger", variables={**os.environ, **variables})
+        monkeypatch.setattr(running, "START_LIMIT", 1.0)
+        return list(acceptance.run()), len(starts.read_text())
+
+    return run
+
+
+def test_an_item_that_loses_the_device_has_no_answer(scripted):
+    (first, *others), starts = scripted(dead_starts=0)
+    assert (first["verdict"], first["answer"], first["excused"]) == ("could not run", "", False)
+    assert "the device took no more work after it" in first["error"] and "'refused'" in first["error"]
+    assert first["details"] == {"error": "said the device"}
+    assert {record["verdict"] for record in others} == {"as expected"} and starts == 2
+
+
+@pytest.mark.parametrize(("dead_starts", "answered"), [(1, 3), (60, 0)])
+def test_a_device_that_does_not_come_back_is_waited_for_twice(scripted, dead_starts, answered):
+    records, starts = scripted(dead_starts)
+    assert sum(record["answer"] == "refused" for record in records) == answered
+    assert starts == 3
+    missed = [record for record in records[1:] if record["verdict"] == "could not run"]
+    assert all(
+        "the device does not come back: the process that asks the device did not start: no answer in 1 s"
+        in record["error"]
+        for record in missed
+    )
+    assert [record["seconds"] for record in missed] == [0] * len(missed)

@@ -67,6 +67,52 @@ def test_doctor_works_where_the_policy_cannot_be_followed():
     assert "reference: ready" in done.stdout
 
 
+BROKEN_TORCH = """
+import os
+if {condition}:
+    raise {error}
+import sys
+sys.path.remove({folder!r})
+del sys.modules["torch"]
+import torch
+"""
+
+
+def doctor_with(folder, error: str, condition: str = "True", *words: str) -> subprocess.CompletedProcess:
+    """In front of PyTorch lies a package that raises `error`, and else is PyTorch."""
+    (folder / "torch.py").write_text(BROKEN_TORCH.format(error=error, condition=condition, folder=str(folder)))
+    return ospnext("doctor", *words, PYTHONPATH=str(folder), TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        ("ImportError('libfoo.so.1: cannot open')", "libfoo.so.1: cannot open; "),
+        ("OSError('libfoo.so.1: cannot open\\nmore')", "libfoo.so.1: cannot open; "),
+        ("RuntimeError('a bad build')", "a bad build; "),
+        ("RuntimeError()", "RuntimeError; "),
+    ],
+)
+def test_doctor_says_in_one_line_why_torch_is_not_imported(tmp_path, error, cause):
+    done = doctor_with(tmp_path, error)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(f"import torch fails here: {cause}with TORCH_DEVICE_BACKEND_AUTOLOAD=0: ")
+    assert done.stdout.count("\n") == 1 and done.stdout.endswith("(exit code 1)\n")
+    said = json.loads(doctor_with(tmp_path, error, "True", "--json").stdout)
+    assert said["torch_import"].startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [("OSError('libfoo.so.1: cannot open')", "libfoo.so.1: cannot open"), ("ImportError", "ImportError")],
+)
+def test_doctor_reports_all_the_same_where_torch_is_imported_without_extensions(tmp_path, error, cause):
+    done = doctor_with(tmp_path, error, "os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] != '0'")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"import torch fails here, and with it every other command: {cause}\n" in done.stdout
+    assert "reference: ready" in done.stdout
+
+
 def test_explain_names_the_chosen_kernel_and_the_reasons_of_the_others(capsys):
     assert main(["explain", "attention", "--tokens", "9", "--feature", "key_mask", "--backend", "reference"]) == 0
     text = " ".join(capsys.readouterr().out.split())  # columns are as wide as the longest name

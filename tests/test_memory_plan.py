@@ -29,10 +29,13 @@ from ospnext.ops import HiF8Recipe
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.policy import use_registry
 from ospnext.ops.registry import Implementation, Registry
+from ospnext.parallel.config import ALONE, ParallelConfig
 from ospnext.pipelines import OSPNextPipeline, VideoAutoencoder, write_random_checkpoint
 from ospnext.pipelines.live_bytes import LiveBytes
 from ospnext.pipelines.vae import tiles
 from ospnext.pipelines.vae_memory import decode_peak
+from ospnext.planning import devices
+from ospnext.planning import plan as planning
 
 #: Relative, of what was measured. The estimate counts every tensor [B, N, channels], but no statistics of norms,
 #: [B, N, 1], nor sinusoids: less than one of 128 channels.
@@ -268,11 +271,12 @@ def test_auto_tiles_by_free_memory(monkeypatch, free, forwards):
     assert vae.model.use_tiling is False
 
 
-def plan_of(model: Path, **settings):
+def plan_of(model: Path, *, ranks=ALONE, local=None, prompts=None, **settings):
     video = VideoConfig(height=48, width=80, num_frames=9)
     config = GenerateConfig(prompt="a", **{"video": video, **settings})
-    run = Run(config, model, Path("out"), make_jobs(config, [(PromptRow("a"), "here")]))
-    return make_plan(run, run.jobs, torch.device("cpu"))
+    jobs = make_jobs(config, [(prompt, "here") for prompt in prompts or [PromptRow("a")]])
+    run = Run(config, model, Path("out"), jobs)
+    return make_plan(run, run.jobs, torch.device("cpu"), ranks, local)
 
 
 def test_the_plan_says_what_the_pipeline_will_do(checkpoint, monkeypatch):
@@ -307,6 +311,74 @@ def test_the_plan_where_free_memory_is_unknown(checkpoint, monkeypatch):
     plan = plan_of(checkpoint)
     assert (plan.sizes[0].needs.batched, plan.sizes[0].needs.tiled) == (False, False)
     assert plan.text().endswith("free on cpu: unknown")
+
+
+# ---- the plan of several ranks
+
+ONE_BY_ONE = SamplingConfig(batched_guidance="off")
+
+
+def test_both_plans_of_a_layout_have_the_same_memory(checkpoint, fused_kernels):
+    """`ospnext plan` knows no device, and takes it that there are kernels for all fused operators."""
+    alone = plan_of(checkpoint, sampling=ONE_BY_ONE)
+    config, grid, dtype = alone.checkpoint.config, alone.sizes[0].grid, alone.checkpoint.dtype
+    worst = []
+    for row in planning.rows(planning.Question(config, grid, 4, devices.device("h200"), dtype=dtype)):
+        (size,) = plan_of(checkpoint, sampling=ONE_BY_ONE, ranks=row.layout).sizes
+        assert size.memory["transformer weights"] == row.memory["weights"]
+        same = ("text keys and values", "rotary and index tables")
+        assert [size.memory[name] for name in same] == [row.memory[name] for name in same]
+        assert size.memory["activations"] == row.memory["activations"] + row.memory["latents, velocities and solver"]
+        exchanging = "q, k and v while they are exchanged" in size.needs.activations
+        assert exchanging == (row.layout.sequence > 1)
+        worst.append(exchanging)
+    assert set(worst) == {True, False}
+
+
+def test_both_branches_in_one_forward_exchange_twice_as_much(checkpoint, fused_kernels):
+    exchanged = [
+        plan_of(checkpoint, sampling=SamplingConfig(batched_guidance=batched), ranks=ParallelConfig(ssp=2))
+        .sizes[0]
+        .needs.activations["q, k and v while they are exchanged"]
+        for batched in ("off", "on")
+    ]
+    assert exchanged[1] == 2 * exchanged[0] > 0
+
+
+def test_ranks_on_cpus_share_the_memory_of_their_host(checkpoint, monkeypatch):
+    """The first of each replica has the text encoder and the autoencoder, too."""
+    ranks = ParallelConfig(dp=2, ssp=2)
+    (size,) = plan_of(checkpoint, ranks=ranks, vae=VaeConfig("off")).sizes
+    kept = [amount for name, amount in size.memory.items() if name not in ("activations", "VAE decode")]
+    owned = size.memory["text encoder"] + size.memory["VAE weights"]
+    first = sum(kept) + max(size.memory["activations"], size.memory["VAE decode"])
+    other = sum(kept) - owned + size.memory["activations"]
+    assert size.memory["VAE decode"] > size.memory["activations"] and owned > 0
+
+    for local, need in ((None, 2 * first + 2 * other), (4, 2 * first + 2 * other), (2, first + other), (1, first)):
+        for short in (0, 1):
+            free = need - short
+            monkeypatch.setattr("ospnext.generation.plan.Device.free_memory", lambda self, free=free: free)
+            plan = plan_of(checkpoint, ranks=ranks, local=local, vae=VaeConfig("off"))
+            assert plan.sizes[0].peak_memory == first
+            assert plan.text().endswith("does NOT fit" if short else ": fits"), (local, short)
+            assert ("on one host" in plan.text()) == (local != 1)
+
+
+def test_the_time_of_a_run_is_that_of_the_replica_with_most_to_make(checkpoint):
+    small, large = PromptRow("a", num_frames=5), PromptRow("b", num_frames=21)
+
+    def plan(ranks, *prompts):
+        return plan_of(checkpoint, ranks=ranks, prompts=prompts, sampling=ONE_BY_ONE)
+
+    one, other = (plan(ALONE, prompt).rank_tflops for prompt in (small, large))
+    assert 0 < one < other
+    assert plan(ALONE, small, large, small).rank_tflops == pytest.approx(2 * one + other)
+    assert plan(ParallelConfig(dp=8), small).rank_tflops == pytest.approx(one)
+    assert plan(ParallelConfig(dp=2, cfg=2, ssp=2), small, small, small).rank_tflops == pytest.approx(2 * one / 4)
+    assert plan(ParallelConfig(dp=2), small, large, small, large).rank_tflops == pytest.approx(2 * other)
+    assert "dp 8: 7 replicas have no video; " in plan(ParallelConfig(dp=8), small).text()
+    assert "no video" not in plan(ParallelConfig(dp=2), small, large).text()
 
 
 def test_the_benchmark(monkeypatch, capsys, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from .predicates_numeric import rotary
+from .predicates_numeric import MOST_TURNED, rotary
 from .soc import generation
 
 
@@ -54,8 +54,15 @@ def _gamma(x: Tensor, weight: Tensor) -> Tensor:
 def _rope(x_BNHD: Tensor, cos_NP: Tensor, sin_NP: Tensor) -> Tensor:
     """In fp32: the operator rounds angles to the dtype of x. Its own gradient operator is not used, since turning back
     is the same with the other sign, and leaves out what belongs to cos and sin."""
-    angles = (t.float().repeat_interleave(2, -1)[None, :, None] for t in (cos_NP, sin_NP))
-    return torch_npu.npu_rotary_mul(x_BNHD.float(), *angles, "interleave").to(x_BNHD.dtype).contiguous()
+    cos, sin = (t.float().repeat_interleave(2, -1)[None, :, None] for t in (cos_NP, sin_NP))
+
+    def turned(part: Tensor) -> Tensor:
+        return torch_npu.npu_rotary_mul(part.float(), cos, sin, "interleave").to(x_BNHD.dtype)
+
+    if _generation() == "950" or x_BNHD.shape[0] * x_BNHD.shape[2] <= MOST_TURNED:
+        return turned(x_BNHD).contiguous()
+    parts = (part.split(max(1, MOST_TURNED // part.shape[2])) for part in x_BNHD.split(MOST_TURNED, dim=2))
+    return torch.cat([torch.cat([turned(samples) for samples in of_heads]) for of_heads in parts], dim=2)
 
 
 def _rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,7 +73,7 @@ def _rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 
 def _rms_norm_rope(x_BNC: Tensor, weight: Tensor, cos_NP: Tensor, sin_NP: Tensor, eps: float) -> Tensor:
-    _require_turnable(x_BNC, cos_NP)
+    _require_turnable(cos_NP)
     normed = _rms_norm(x_BNC.float(), weight.float(), eps)
     return _rope(normed.unflatten(-1, (-1, 2 * cos_NP.shape[-1])), cos_NP, sin_NP).to(x_BNC.dtype)
 
@@ -74,17 +81,17 @@ def _rms_norm_rope(x_BNC: Tensor, weight: Tensor, cos_NP: Tensor, sin_NP: Tensor
 def _rms_norm_rope_backward(
     grad_BNHD: Tensor, x_BNC: Tensor, weight: Tensor, cos_NP: Tensor, sin_NP: Tensor, eps: float
 ) -> tuple[Tensor | None, ...]:
-    _require_turnable(x_BNC, cos_NP)
+    _require_turnable(cos_NP)
     turned_back = _rope(grad_BNHD.float(), cos_NP, -sin_NP).flatten(-2)
     dx, dweight, _ = _rms_norm_backward(turned_back, x_BNC.float(), weight.float(), eps)
     assert dx is not None and dweight is not None
     return dx.to(x_BNC.dtype), dweight.to(weight.dtype), None, None, None
 
 
-def _require_turnable(x_BNC: Tensor, cos_NP: Tensor) -> None:
+def _require_turnable(cos_NP: Tensor) -> None:
     """What the predicate cannot see, since requests do not say how channels are divided into heads."""
     head_dim = 2 * cos_NP.shape[-1]
-    for line in rotary(_generation(), len(x_BNC), x_BNC.shape[-1] // head_dim, head_dim):
+    for line in rotary(_generation(), head_dim):
         if not line.met:
             raise ValueError(
                 f"fused.rms_norm_rope on ascend.npu: {line.reason}; set OSPNEXT_OPS=fused.rms_norm_rope=ascend.torch"

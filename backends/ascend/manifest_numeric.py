@@ -28,7 +28,6 @@ _TURNED = (
         _FP64,
         Refusal("size", {"shape": (2, 0, 3, 32)}),
         Refusal("head_dim", {"shape": (1, 4, 1, 1026)}),
-        Refusal("heads", {"shape": (10, 4, 100, 32)}, device={"capability": "910B"}),
     ),
 )
 

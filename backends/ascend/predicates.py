@@ -61,7 +61,11 @@ def fusion(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
 
 
 def infer(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
-    """npu_fused_infer_attention_score_v2 without quantization."""
+    """npu_fused_infer_attention_score_v2 without quantization.
+
+    Packs before Ascend 950: by torch_npu's page of the operator, for as many key heads as query heads without a rope,
+    and v as wide as q. CANN's page of aclnnFusedInferAttentionScoreV4 (8.5) is another: bf16 only, and heads of 128 or
+    192. That of torch_npu has 192 with a v of 128 alone. The item infer/packed-head-size asks the device."""
     yield need(request.dtype in _HALF, "dtype", got=request.dtype, want="bf16 or fp16")
     yield from _sizes(request, 512, MOST_TOKENS_INFER)
     yield _samples(request, MOST_SEQUENCES_INFER if request.packed else MOST_SAMPLES_INFER)

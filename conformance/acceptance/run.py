@@ -31,6 +31,8 @@ WORKER = "ospnext.conformance.acceptance.worker"
 START_LIMIT, LEAST_LIMIT = 300.0, 180.0
 #: An item gets this many times what it is estimated to take.
 PATIENCE = 10.0
+#: A device that is gone is waited for this many times in a row; then no later item waits for it.
+STARTS = 2
 
 
 class Acceptance:
@@ -60,6 +62,8 @@ class Acceptance:
                 raise ConfigError(f"--out {out}: {error.strerror}") from None
         self._started = datetime.datetime.now(datetime.UTC)
         self._worker = _Worker(backend, variables)
+        self._failed_starts = 0
+        self._gone_since = ""
         try:
             self.items = select_items(self._worker.hello["items"], patterns, backend)
         except ConfigError:
@@ -80,10 +84,15 @@ class Acceptance:
 
     def _ask(self, words: dict[str, Any]) -> dict[str, Any]:
         if self._worker.gone:
+            if self._failed_starts == STARTS:
+                return without_answer(words, f"{self._gone_since} (tried {STARTS} times, for items before this one)")
             try:
                 self._worker = _Worker(self.backend, self._variables)
             except (ConfigError, BackendUnavailableError) as error:
-                return without_answer(words, f"after an item before it, the device does not come back: {error}")
+                self._failed_starts += 1
+                self._gone_since = f"after an item before it, the device does not come back: {error}"
+                return without_answer(words, self._gone_since)
+            self._failed_starts = 0
         return self._worker.ask(words)
 
     def report(self) -> dict[str, Any]:
@@ -128,6 +137,13 @@ def succeeded(found: Mapping[str, Any]) -> bool:
     )
 
 
+def _of_a_lost_device(words: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an item answered that left a device which takes no more work: no answer, since a fault looks like one."""
+    said = record["error"] or f"it had answered {record['answer']!r}"
+    error = f"the device took no more work after it, and the next item has another process; {said}"
+    return {**without_answer(words, error, seconds=record["seconds"]), "details": record["details"]}
+
+
 class _Worker:
     """The parent's side of worker.py."""
 
@@ -162,7 +178,7 @@ class _Worker:
             return without_answer(words, record, seconds=time.monotonic() - started)
         if record.pop("lost"):
             self.end()
-            record["details"]["afterwards"] = "the device took no more work; the next item has another process"
+            return _of_a_lost_device(words, record)
         return record
 
     def _answer(self, limit: float) -> dict[str, Any] | str:

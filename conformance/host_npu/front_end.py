@@ -1,5 +1,5 @@
-"""Arithmetic of operators that the vendor's front end calls for ordinary `aten::` ones, and that a CPU build of PyTorch
-has no kernel for: on CPU tensors, after the formulas of the operators they belong to."""
+"""Arithmetic of operators that the vendor's front end calls for ordinary `aten::` ones, where a CPU build of PyTorch
+has no kernel or one that is coarser than a device: on CPU tensors, by the formulas of the operators they belong to."""
 
 from __future__ import annotations
 
@@ -43,9 +43,38 @@ def binary_cross_entropy_with_logits_backward(
     return slope / logits.numel() if reduction == 1 else slope
 
 
-#: `aten::` operators without a CPU kernel.
+def native_layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """In fp32 from bf16 and fp16, rounded once: the CPU kernel adds rows up in 16 bits, also for an fp32 weight."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    rows = x.dim() - len(normalized_shape)
+    over_rows, over_columns = list(range(rows)), list(range(rows, x.dim()))
+
+    def summed(t: Tensor) -> Tensor:
+        return t.sum(over_rows) if over_rows else t
+
+    of_y = grad.to(precise)
+    normed = (x.to(precise) - mean.to(precise)) * rstd.to(precise)
+    of_normed = of_y if weight is None else of_y * weight.to(precise)
+    common = of_normed.mean(over_columns, True) + normed * (of_normed * normed).mean(over_columns, True)
+    dx = ((of_normed - common) * rstd.to(precise)).to(x.dtype) if mask[0] else None
+    dweight = summed(of_y * normed).to(weight.dtype) if mask[1] and weight is not None else None
+    dbias = summed(of_y).to(bias.dtype) if mask[2] and bias is not None else None
+    return dx, dweight, dbias
+
+
+#: `aten::` operators without a CPU kernel, or with one that is coarser than a device.
 ATEN: dict[str, Callable[..., Any]] = {
     "matmul_backward": matmul_backward,
+    "native_layer_norm_backward": native_layer_norm_backward,
     "mm.dtype": lambda x, y, dtype: torch.mm(x.to(dtype), y.to(dtype)),
     "bmm.dtype": lambda x, y, dtype: torch.bmm(x.to(dtype), y.to(dtype)),
 }

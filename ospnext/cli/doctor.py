@@ -25,22 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         import torch  # noqa: F401
-    except RuntimeError as error:  # PyTorch loads packages of vendors, of which one that cannot load ends the import
+    except (ImportError, RuntimeError, OSError) as error:  # a package of a vendor's that PyTorch loads, or a library
         report = _examine_without_extensions(error)
+        if isinstance(report, str):
+            print(json.dumps({"torch_import": report}) if args.json else f"import torch fails here: {report}")
+            return 1
     else:
         report = examine()
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 1 if report["policy"]["error"] or report.get("torch_import") else 0
 
 
-def _examine_without_extensions(error: RuntimeError) -> dict[str, Any]:
-    """By a child that tells PyTorch to load none of them: an import that failed cannot be tried again in a process."""
+def _examine_without_extensions(error: Exception) -> dict[str, Any] | str:
+    """By a child that tells PyTorch to load no package of a vendor: an import that failed cannot be tried again in a
+    process. Where PyTorch fails without them, too, one line that says how."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     code = "import json; from ospnext.cli.doctor import examine; print(json.dumps(examine()))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        *_, last = ["no output", *done.stderr.strip().splitlines()]
+        return f"{_first_line(error)}; with TORCH_DEVICE_BACKEND_AUTOLOAD=0: {last} (exit code {done.returncode})"
+    sys.stderr.write(done.stderr)
     report = json.loads(done.stdout.splitlines()[-1])
-    cause = str(error.__cause__ or error).strip().splitlines()[0]
-    return {**report, "torch_import": f"{str(error).partition('.')[0]}: {cause}"}
+    told = f"{str(error).partition('.')[0]}: {_first_line(error.__cause__)}" if error.__cause__ else _first_line(error)
+    return {**report, "torch_import": told}
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of its text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def examine() -> dict[str, Any]:

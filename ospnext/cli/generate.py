@@ -183,7 +183,7 @@ def _require_writable(directory: Path) -> None:
 def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob], ranks: Ranks) -> int:
     from ospnext.generation import videos  # torch is imported from here on, diffusers and transformers later still
     from ospnext.generation.backend_choice import chosen_backend
-    from ospnext.generation.parallel import layout_of
+    from ospnext.generation.parallel import idle_replicas, layout_of
 
     with ExitStack() as stack:
         with ranks.in_step():
@@ -205,13 +205,16 @@ def _generate(args: argparse.Namespace, run: Run, todo: Sequence[VideoJob], rank
             if ranks.first:
                 from ospnext.generation.plan import make_plan
 
-                print(make_plan(run, todo, device, layout).text())
+                local = None if ranks.launch is None else ranks.launch.local_world
+                print(make_plan(run, todo, device, layout, local).text())
             return 0
         with ranks.in_step():
             if ranks.first:
                 run.directory.mkdir(parents=True, exist_ok=True)
                 merge_parts(run.directory)
                 atomic.write_text(run.directory / "config.yaml", dump_yaml(to_dict(run.config)))
+        if idle := idle_replicas(layout, len(todo)):
+            ranks.say(idle)
         return _make_videos(args, run, todo, device, layout, ranks)
 
 

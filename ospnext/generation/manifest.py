@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ospnext import atomic
 from ospnext.errors import ConfigError
 
 FILE_NAME = "manifest.jsonl"
-_PARTS = "manifest.*.jsonl"
+_PART = re.compile(r"manifest\.[1-9][0-9]*\.jsonl")
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
@@ -36,20 +37,25 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 def append_entry(directory: Path, entry: dict[str, Any], replica: int = 0) -> None:
     """Add one line. The file is rewritten and renamed, so that no reader and no crash ever sees half a line."""
-    path = directory / (_PARTS.replace("*", str(replica)) if replica else FILE_NAME)
+    path = directory / (f"manifest.{replica}.jsonl" if replica else FILE_NAME)
     _append(path, json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def merge_parts(directory: Path) -> None:
     """Put the parts that a run has left into the manifest. Nobody else may be writing then."""
-    for part in sorted(directory.glob(_PARTS)):
+    for part in _parts(directory):
         _append(directory / FILE_NAME, part.read_text(encoding="utf-8"))
         part.unlink()
 
 
 def _files(directory: Path) -> list[Path]:
     own = directory / FILE_NAME
-    return [*([own] if own.exists() else []), *sorted(directory.glob(_PARTS))]
+    return [*([own] if own.exists() else []), *_parts(directory)]
+
+
+def _parts(directory: Path) -> list[Path]:
+    """Those of replicas: any other name, such as manifest.backup.jsonl, is somebody else's file."""
+    return sorted(path for path in directory.glob("manifest.*.jsonl") if _PART.fullmatch(path.name))
 
 
 def _append(path: Path, lines: str) -> None:

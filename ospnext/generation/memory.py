@@ -13,7 +13,14 @@ from ospnext.diffusion import batches_branches, needs_guidance
 from ospnext.generation.config import GenerateConfig
 from ospnext.models.config import TransformerConfig
 from ospnext.models.loading import LoadReport
-from ospnext.models.memory import activation_peak, latent_bytes, layout_bytes, text_bytes, weight_bytes
+from ospnext.models.memory import (
+    activation_peak,
+    exchange_peak,
+    latent_bytes,
+    layout_bytes,
+    text_bytes,
+    weight_bytes,
+)
 from ospnext.models.parallelize import rank_tokens
 from ospnext.models.quant_policy import QuantPolicy
 from ospnext.models.weights.quantized import Quantization
@@ -33,6 +40,11 @@ from ospnext.sparse import Grid
 #: Weights are loaded as they are and become codes on the device: what is freed again before the first video.
 WHILE_LOADING = "weights, until they are codes"
 ACTIVATIONS, DECODE = "activations", "VAE decode"
+TEXT_ENCODER, VAE_WEIGHTS = "text encoder", "VAE weights"
+EXCHANGE = "q, k and v while they are exchanged"
+
+#: What only the first rank of those that make a video has.
+OF_THE_FIRST = frozenset({TEXT_ENCODER, VAE_WEIGHTS, DECODE})
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,23 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Everything that stays, plus the largest of what loading, sampling and decoding need for a while."""
-        passing = {WHILE_LOADING, ACTIVATIONS, DECODE} & self.parts.keys()
-        staying = sum(amount for name, amount in self.parts.items() if name not in passing)
-        return staying + max(self.parts[name] for name in passing)
+        return _peak(self.parts)
+
+    @property
+    def peak_of_others(self) -> int:
+        """Of a rank that helps to make a video and is not the first of those that do."""
+        return _peak({name: amount for name, amount in self.parts.items() if name not in OF_THE_FIRST})
 
     def remark(self, part: str) -> str:
         if part == ACTIVATIONS and self.batched:
             return ", both branches of guidance in one forward"
         return ", in tiles" if part == DECODE and self.tiled else ""
+
+
+def _peak(parts: dict[str, int]) -> int:
+    passing = {WHILE_LOADING, ACTIVATIONS, DECODE} & parts.keys()
+    staying = sum(amount for name, amount in parts.items() if name not in passing)
+    return staying + max(parts[name] for name in passing)
 
 
 def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
@@ -111,8 +132,8 @@ def _weights(known: Known, layout: Layout) -> dict[str, int]:
     weights = weight_bytes(report.config, report.dtype, known.quantization)
     found = {
         "transformer weights": weights,
-        "text encoder": _file_bytes(layout.text_encoder),
-        "VAE weights": _file_bytes(layout.vae),
+        TEXT_ENCODER: _file_bytes(layout.text_encoder),
+        VAE_WEIGHTS: _file_bytes(layout.vae),
     }
     if loaded := weight_bytes(report.config, report.dtype, report.quantization) - weights:
         found[WHILE_LOADING] = loaded
@@ -139,7 +160,12 @@ def _batched(known: Known, grid: Grid, free: int | None) -> bool:
 def _activations(known: Known, grid: Grid, batched: bool) -> dict[str, int]:
     config, dtype, held = known.report.config, known.report.dtype, _held(known, grid)
     fused = fused_operators(config, math.prod(held), dtype, known.device, known.quantization)
-    found = activation_peak(config, held, 2 if batched else 1, dtype, quantization=known.quantization, fused=fused)
+    batch = 2 if batched else 1
+    found = activation_peak(config, held, batch, dtype, quantization=known.quantization, fused=fused)
+    ranks = known.parallel
+    exchange = batch * exchange_peak(config, math.prod(held), math.prod(grid), ranks.ssp, ranks.ulysses, dtype)
+    if exchange > sum(found.values()):
+        found = {EXCHANGE: exchange}
     solver = known.config.scheduler.solver or "unipc"
     found["latents, velocities and solver"] = latent_bytes(config, grid, 1, solver=solver, branches=known.branches)
     return {name: amount for name, amount in found.items() if amount}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ospnext.generation import quant_plan
 from ospnext.generation.config import VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
 from ospnext.generation.memory import ACTIVATIONS, Known, MemoryPlan, plan_memory
-from ospnext.generation.parallel import token_grid
+from ospnext.generation.parallel import idle_replicas, token_grid
 from ospnext.generation.quantization import quant_policy
 from ospnext.generation.videos import transformer_overrides
 from ospnext.models.config import TransformerConfig
@@ -54,8 +55,8 @@ class SizePlan:
         return math.prod(self.grid)
 
     @property
-    def total_tflops(self) -> float:
-        return self.forward_tflops * self.forwards * self.count
+    def video_tflops(self) -> float:
+        return self.forward_tflops * self.forwards
 
     @property
     def memory(self) -> dict[str, int]:
@@ -68,7 +69,9 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run; `rate` is the FLOP/s of a matrix product measured on the device just now."""
+    """The plan of a run; `rate` is the FLOP/s of a matrix product measured on the device just now, `videos` the sizes
+    in the order in which replicas take turns, and `local_ranks` are on the host of the first rank.
+    """
 
     checkpoint: LoadReport
     device: torch.device
@@ -78,26 +81,49 @@ class Plan:
     sizes: tuple[SizePlan, ...]
     quant: QuantPolicy | None = None
     layout: ParallelConfig = ALONE
+    videos: tuple[VideoConfig, ...] = ()
+    local_ranks: int = 1
+
+    @property
+    def rank_tflops(self) -> float:
+        """Of a rank of the replica that has most to make."""
+        of_video, dp = {size.video: size.video_tflops for size in self.sizes}, self.layout.dp
+        return max(sum(of_video[video] for video in self.videos[i::dp]) for i in range(dp)) / self.layout.replica
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of all ranks on the host of the first one, where the first of each replica comes before its others."""
+        leading = -(-self.local_ranks // self.layout.replica)
+        others = self.local_ranks - leading
+        return max(leading * size.needs.peak + others * size.needs.peak_of_others for size in self.sizes)
 
     def text(self) -> str:
         lines = [str(self.checkpoint), f"device    {self.device}   policy: {self.policy}"]
         if self.layout.world > 1:
             lines.append(f"ranks     {self.layout.world}: {self.layout}")
+        if idle := idle_replicas(self.layout, len(self.videos)):
+            lines.append(f"          {idle}")
         if self.quant is not None:
             lines.append(f"quantize  {quant_plan.in_a_line(self.quant)}")
         for size in self.sizes:
             lines += ["", *_size_lines(size)]
-        total = sum(size.total_tflops for size in self.sizes) / self.layout.world
-        need = max(size.peak_memory for size in self.sizes)
+        total = self.rank_tflops
         lines += [
             "",
             f"time     at least {_duration(total * 1e12 / self.rate)}: {total:.4g} TFLOP in the transformer"
             f"{' of a rank' * (self.layout.world > 1)}, at the {self.rate / 1e12:.3g} TFLOP/s a matrix product reaches "
             "here now",
-            f"memory   about {_gib(need)} at the peak{' of the first rank' * (self.layout.world > 1)}, "
-            f"{_verdict(need, self.free_memory, self.device)}",
+            f"memory   about {self._memory()}",
         ]
         return "\n".join(lines)
+
+    def _memory(self) -> str:
+        need = max(size.peak_memory for size in self.sizes)
+        said = f"{_gib(need)} at the peak{' of the first rank' * (self.layout.world > 1)}"
+        if self.device.type == "cpu" and self.local_ranks > 1:  # they share what is free
+            need = self.host_memory
+            said += f" and {_gib(need)} of the {self.local_ranks} on one host"
+        return f"{said}, {_verdict(need, self.free_memory, self.device)}"
 
 
 def _verdict(need: int, free: int | None, device: torch.device) -> str:
@@ -106,9 +132,15 @@ def _verdict(need: int, free: int | None, device: torch.device) -> str:
     return f"{_gib(free)} free on {device}: {'fits' if need <= free else 'does NOT fit'}"
 
 
-def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device, parallel: ParallelConfig = ALONE) -> Plan:
-    """Plan the videos of `todo`, made by ranks as `parallel` says. Reads file headers only; measures one matrix product
-    for a fraction of a second.
+def make_plan(
+    run: Run,
+    todo: Sequence[VideoJob],
+    device: torch.device,
+    parallel: ParallelConfig = ALONE,
+    local_ranks: int | None = None,
+) -> Plan:
+    """Plan the videos of `todo`, made by ranks as `parallel` says, `local_ranks` of them on this host (None: all).
+    Reads file headers only; measures one matrix product for a fraction of a second.
     """
     config = run.config
     layout = detect_layout(run.model, ("transformer", "text_encoder", "vae"))
@@ -117,12 +149,20 @@ def make_plan(run: Run, todo: Sequence[VideoJob], device: torch.device, parallel
     policy = quant_policy(config)
     free = Device(device).free_memory()
     known = Known(config, report, quant_plan.planned(report, policy), policy, device, free, parallel)
-    videos: dict[VideoConfig, int] = {}
-    for job in todo or run.jobs:
-        videos[job.video] = videos.get(job.video, 0) + 1
-    sizes = tuple(_plan_size(video, count, known, layout) for video, count in videos.items())
-    rate = _matmul_rate(device, report.dtype)
-    return Plan(report, device, str(current_policy()), known.free, rate, sizes, policy, parallel)
+    videos = tuple(job.video for job in todo or run.jobs)
+    sizes = tuple(_plan_size(video, count, known, layout) for video, count in Counter(videos).items())
+    return Plan(
+        checkpoint=report,
+        device=device,
+        policy=str(current_policy()),
+        free_memory=known.free,
+        rate=_matmul_rate(device, report.dtype),
+        sizes=sizes,
+        quant=policy,
+        layout=parallel,
+        videos=videos,
+        local_ranks=parallel.world if local_ranks is None else local_ranks,
+    )
 
 
 def _plan_size(video: VideoConfig, count: int, known: Known, layout: Layout) -> SizePlan:

@@ -25,6 +25,7 @@ def items(device: DeviceInfo | None) -> Iterator[Item]:
         (fused.items, True),
         (attention.items, True),
         (attention.items_of_950, newest),
+        (attention.items_of_910, not newest),
         (packs.items, True),
         (hif8_attention.items_of_950, newest),
         (surface.items, True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ MATH = "OSPNEXT_OPS=attention=ascend.math"
 IN_BF16 = 2.0**-7
 #: Between what fp32 (4e-7) and what products of shortened factors (1e-3) leave.
 IN_FP32 = 2.0**-17
+#: Relative, of the rms, for a logsumexp of about 5: between what fp32 leaves (2^-20) and what fp16 would (2^-12).
+OF_LSE = 2.0**-14
 #: No multiples of 16, on both sides of 64 and of 128.
 SIZES = (40, 72, 100, 136)
 _SIZES = ", ".join(map(str, SIZES))
@@ -120,12 +122,17 @@ def head_sizes(device: torch.device) -> Finding:
     return all_of(found)
 
 
-def head_sizes_of_infer(device: torch.device) -> Finding:
+def head_sizes_of_infer(
+    device: torch.device,
+    sizes: Sequence[int] = SIZES,
+    layouts: Sequence[str] = ("BSND", "TND"),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Finding:
     found = {}
-    for dim in SIZES:
-        q, k, v, _ = tensors(33, 129, dim=dim, dtype=torch.bfloat16)
+    for dim in sizes:
+        q, k, v, _ = tensors(33, 129, dim=dim, dtype=dtype)
         wanted, largest, total = formulas.attention(q, k, v, 0.125)
-        for layout in ("BSND", "TND"):
+        for layout in layouts:
             packed = layout == "TND"
             operands = (t.flatten(0, 1) if packed else t for t in (q, k, v))
             ends = {"actual_seq_qlen": [33, 66], "actual_seq_kvlen": [129, 258]} if packed else {}
@@ -135,8 +142,13 @@ def head_sizes_of_infer(device: torch.device) -> Finding:
             )  # fmt: skip
             by_head = (largest + total.log()) if not packed else (largest + total.log()).transpose(1, 2)
             found[f"{dim} {layout}"] = nearest(out.view(wanted.shape), {RIGHT: wanted}, IN_BF16)
-            found[f"logsumexp {dim} {layout}"] = nearest(lse.view(by_head.shape), {RIGHT: by_head}, 2.0**-12)
+            found[f"logsumexp {dim} {layout}"] = nearest(lse.view(by_head.shape), {RIGHT: by_head}, OF_LSE)
     return all_of(found)
+
+
+def packed_head_sizes_of_infer(device: torch.device) -> Finding:
+    dtypes = (torch.bfloat16, torch.float16)
+    return all_of({str(dtype): head_sizes_of_infer(device, (64, 128), ("TND",), dtype) for dtype in dtypes})
 
 
 def fp32(device: torch.device) -> Finding:
@@ -275,5 +287,19 @@ def items_of_950() -> Iterator[Item]:
         otherwise={"refused": "predicates.py, infer: the limits of 910B for 950, too"},
         unforeseen="predicates.py, infer: refuse what is wrong; ascend.fusion comes first in any case",
         ask=head_sizes_of_infer,
+        seconds=10,
+    )
+
+
+def items_of_910() -> Iterator[Item]:
+    yield Item(
+        id="infer/packed-head-size",
+        question="Does the operator for inference take packs with head sizes 64 and 128, in bf16 and in fp16?",
+        why="predicates.py, infer: torch_npu's page says so, one of CANN says bf16 only, and 128 or 192",
+        calls=("npu_fused_infer_attention_score_v2(..., 'TND', return_softmax_lse=True)",),
+        expected={RIGHT: ""},
+        otherwise={"refused": "predicates.py, infer: in packs bf16 and 128 only"},
+        unforeseen="predicates.py, infer: refuse packs before 950; ascend.fusion comes first in any case",
+        ask=packed_head_sizes_of_infer,
         seconds=10,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,14 @@ from ospnext.ops.acceptance import Finding, RefusedCallError
 NONE = "none of these"
 #: Lines of a refusal that are kept: those of aclnn go on with a trace of the runtime.
 _LINES = 3
+#: PyTorch's words for arguments that the operator's schema does not have: the call is wrong, whatever a device can do.
+_NOT_THE_SCHEMA = re.compile(
+    r"expected at most \d+ argument|Unknown keyword argument|is missing value for argument|Expected a value of type"
+)
+#: Words of the runtime for work that was taken and then failed (its codes 507xxx). Sought in the whole text: a refusal
+#: that is taken for a fault is read by a person, a fault that is taken for a refusal may pass as expected. Refusals of
+#: the operator store name the "AIcoreEngine".
+_FAULT = re.compile(r"\b507\d{3}\b|\bAI ?Core\b(?! ?engine)|vector core|time(d )?out", re.IGNORECASE)
 
 
 def taken(operator: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -21,6 +30,7 @@ def taken(operator: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
     Raises:
         RefusedCallError: the device, or torch_npu in front of it, does not take the call.
+        RuntimeError: as it came, where it is no refusal: the call does not fit the schema, or its work failed.
     """
     try:
         result = operator(*arguments, **named)
@@ -30,6 +40,8 @@ def taken(operator: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     except (NotImplementedError, torch.OutOfMemoryError):  # says nothing about the operator
         raise
     except RuntimeError as error:
+        if _NOT_THE_SCHEMA.search(str(error)) or _FAULT.search(str(error)):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RefusedCallError(" ".join(lines[:_LINES])[:500]) from error
 
@@ -39,8 +51,13 @@ def nearest(found: Tensor, candidates: Mapping[str, Tensor], tolerance: float) -
     are the distances from all of them.
     """
     distances = {words: _distance(found, expected) for words, expected in candidates.items()}
+    return least("relative error", distances, tolerance)
+
+
+def least(measure: str, distances: Mapping[str, float], tolerance: float) -> Finding:
+    """The formula with the least of the distances, which are called `measure`, if that is within `tolerance`."""
     best = min(distances, key=lambda words: distances[words])
-    return Finding(best if distances[best] <= tolerance else NONE, {"relative error": distances})
+    return Finding(best if distances[best] <= tolerance else NONE, {measure: dict(distances)})
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

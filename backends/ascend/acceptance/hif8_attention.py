@@ -117,32 +117,35 @@ def fusion(device: torch.device, operands: Operands, **more: Any) -> Tensor:
 
 
 @functools.cache
-def _documented_shape(device: torch.device) -> tuple[str, Tensor, dict[str, Tensor]]:
-    """(whose scales were taken, some rows of the result, those rows under each way of rounding)."""
+def _documented_shape(device: torch.device) -> tuple[str, Tensor, dict[str, Tensor], dict[str, str]]:
+    """(whose scales were taken, some rows of the result, those rows under each way of rounding, what was said of
+    scales that were not taken)."""
     from ..attention.quant_fusion import BLOCKS
 
     rows = slice(0, None, 113)
     shape = QUANT_FUSION_SHAPES[-1]
+    refusals: dict[str, str] = {}
     for words, blocks in ((AS_DOCUMENTED, BLOCKS), (BLOCKS_OF_512, (512, 512, 512))):
         operands = Operands(shape, blocks)
         try:
             out = fusion(device, operands)
-        except RefusedCallError:
-            if words == BLOCKS_OF_512:
-                raise
+        except RefusedCallError as error:
+            refusals[f"refusal of scales {words}"] = str(error)
             continue
-        return words, out[:, rows], operands.by_rounding(rows)
-    raise AssertionError("not reached")
+        return words, out[:, rows], operands.by_rounding(rows), refusals
+    raise RefusedCallError("; ".join(f"{what}: {text}" for what, text in refusals.items()))
 
 
 def fusion_scales(device: torch.device) -> Finding:
-    words, out, by = _documented_shape(device)
-    return nearest(out, {words: by[UNROUNDED]}, SAME_SCALES)
+    words, out, by, refusals = _documented_shape(device)
+    found = nearest(out, {words: by[UNROUNDED]}, SAME_SCALES)
+    return Finding(found.answer, {**found.details, **refusals})
 
 
 def fusion_probabilities(device: torch.device) -> Finding:
-    _, out, by = _documented_shape(device)
-    return nearest(out, by, SAME_ROUNDING)
+    _, out, by, refusals = _documented_shape(device)
+    found = nearest(out, by, SAME_ROUNDING)
+    return Finding(found.answer, {**found.details, **refusals})
 
 
 def fusion_other_shape(device: torch.device) -> Finding:

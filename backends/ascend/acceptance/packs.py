@@ -14,7 +14,7 @@ from ospnext.ops.acceptance import Finding, Item, RefusedCallError
 from ..attention.statistics import statistics_of_pack
 from ..predicates import MOST_SEQUENCES
 from . import formulas
-from .attention import IN_BF16, MATH, RIGHT
+from .attention import IN_BF16, MATH, OF_LSE, RIGHT
 from .calls import all_of, nearest, normal, taken, vendors
 
 HEADS, DIM, SCALE = 3, 64, 0.125
@@ -87,7 +87,7 @@ def _memory(device: torch.device, **more: Any) -> Finding:
     if right.answer != RIGHT:
         return Finding("the result itself is not right", right.details)
     lse = largest.reshape(-1, 8)[:, 0] + total.reshape(-1, 8)[:, 0].log()
-    return nearest(lse, layouts([(m + s.log()) for _, m, s in wanted]), 2.0**-10)
+    return nearest(lse, layouts([(m + s.log()) for _, m, s in wanted]), OF_LSE)
 
 
 def gradient(device: torch.device) -> Finding:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ospnext.ops.acceptance import CannotAskError, Finding, Item, RefusedCallError
 from ospnext.ops.device import Device
 
+from . import ranks
 from .calls import taken
 
 MIB = 1 << 20
@@ -74,21 +74,7 @@ def exchange(device: torch.device) -> Finding:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = f"from {__name__} import serve; import sys; serve(*map(int, sys.argv[1:]))"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        said = [process.communicate(timeout=LIMIT)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    details = {f"rank {rank}": text.strip()[-500:] for rank, text in enumerate(said) if ranks[rank].returncode}
+    details = ranks.failures([[sys.executable, "-c", code, str(rank), str(port)] for rank in range(RANKS)], LIMIT)
     return Finding("refused or wrong" if details else "every byte arrives", details)
 
 

@@ -59,7 +59,8 @@ class Fusion:
         if masks.is_small(*key_mask.shape, q.shape[1]):
             blanked = (masks.blanked(t, key_mask) for t in (k, v))
             mask = self.mask_arguments(key_mask, q.shape[1])
-            return self.call_grad(grad_out, q, *blanked, out, statistics(lse), "BSND", scale, **mask)
+            found = self.call_grad(grad_out, q, *blanked, out, statistics(lse), "BSND", scale, **mask)
+            return self.without_keyless(found, key_mask)
         lse_HT = lse.transpose(0, 1).flatten(1)
         of_q = (t.flatten(0, 1) for t in (grad_out, q))
         rest = (k[key_mask], v[key_mask], out.flatten(0, 1), lse_HT, _of_mask(q, key_mask), scale)
@@ -78,6 +79,14 @@ class Fusion:
         keyless = masks.keyless(key_mask)
         out.masked_fill_(keyless[:, None, None, None], 0)
         return out, logsumexp(*found).masked_fill_(keyless[:, None, None], -torch.inf) if need_lse else _no_lse(q)
+
+    def without_keyless(
+        self, gradients: tuple[Tensor, Tensor, Tensor], key_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Nothing comes from a sample without keys: its probabilities of 0 times a NaN in its queries would be NaN."""
+        keyless = masks.keyless(key_mask)[:, None, None, None]
+        dq, dk, dv = (gradient.masked_fill_(keyless, 0) for gradient in gradients)
+        return dq, dk, dv
 
     def mask_arguments(self, key_mask: Tensor, q_len: int) -> dict[str, Any]:
         modes = {"sparse_mode": masks.SPARSE_MODE, "inner_precise": masks.INNER_PRECISE}

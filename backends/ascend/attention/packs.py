@@ -1,5 +1,5 @@
-"""Packed sequences as the host sees them. The vendor's kernels take their ends as Python integers, so that each tensor
-of ends is read once; sequences without queries or keys never reach a kernel.
+"""Packed sequences as the host sees them. The vendor's kernels take their ends as Python integers, which are read from
+the device in every call; sequences without queries or keys never reach a kernel.
 """
 
 from __future__ import annotations
@@ -10,10 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
-
-#: cu_seqlens -> (its version, the ends it held then). A model keeps its cu_seqlens, so that only first calls wait.
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,17 @@ class Pack:
 
 
 def pack(q: Tensor, k: Tensor, cu_q: Tensor, cu_kv: Tensor) -> Pack:
-    """Of packed tokens q and k with their cu_seqlens. Waits for the device where these were not seen before.
+    """Of packed tokens q and k with their cu_seqlens. Waits for the device in every call: nothing tells that a tensor
+    holds what it held before, since writes through `.data` and by collectives leave its version as it is.
 
     Raises:
         ValueError: cu_seqlens do not start at 0, decrease, or do not end at the number of tokens.
     """
-    return of_ends(_ends(cu_q, q.shape[0], "q"), _ends(cu_kv, k.shape[0], "kv"))
+    q_ends = cu_q.tolist()
+    kv_ends = q_ends if cu_kv is cu_q else cu_kv.tolist()
+    _check(q_ends, q.shape[0], "q")
+    _check(kv_ends, k.shape[0], "kv")
+    return of_ends(q_ends, kv_ends)
 
 
 def of_ends(q_ends: Sequence[int], kv_ends: Sequence[int]) -> Pack:
@@ -84,21 +85,9 @@ def of_ends(q_ends: Sequence[int], kv_ends: Sequence[int]) -> Pack:
     return Pack(Side(rows, q_ends[-1]), Side(keys, kv_ends[-1]))
 
 
-def _ends(cu_seqlens: Tensor, tokens: int, name: str) -> list[int]:
-    ends = _read(cu_seqlens)
+def _check(ends: Sequence[int], tokens: int, name: str) -> None:
     if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(
             f"attention: cu_seqlens_{name} must start at 0, not decrease and end at the number of tokens, {tokens}; "
             f"got {ends}"
         )
-    return ends
-
-
-def _read(cu_seqlens: Tensor) -> list[int]:
-    """Waits for the device, unless this very tensor was read and not written since."""
-    if cu_seqlens.is_inference():  # counts no versions: whether it was written cannot be told
-        return cu_seqlens.tolist()
-    found = _known.get(cu_seqlens)
-    if found is None or found[0] != cu_seqlens._version:
-        found = _known[cu_seqlens] = (cu_seqlens._version, cu_seqlens.tolist())
-    return found[1]

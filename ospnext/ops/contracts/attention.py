@@ -161,7 +161,9 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, mask: Tenso
 
 
 def _masked_nan(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, mask: Tensor | None):
+    """NaN in all that takes no part: masked keys and values, and the queries of a sample without keys."""
     assert mask is not None
+    q = q.where(mask.any(1)[:, None, None, None], torch.nan)
     return q, k.where(mask[..., None, None], torch.nan), v.where(mask[..., None, None], torch.inf), grad_out
 
 

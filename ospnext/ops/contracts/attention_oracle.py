@@ -70,7 +70,9 @@ def _one_sequence(
         k_SHD, v_SHD = k_SHD[mask_S], v_SHD[mask_S]  # masked keys leave the computation altogether
     logits_HQK = _logits(q_SHD, k_SHD, scale)
     if not k_SHD.shape[0]:
-        return q_SHD * 0, logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
+        # Filled and not multiplied by 0: a NaN in q is in no part of the result.
+        nothing = q_SHD.masked_fill(torch.ones((), dtype=torch.bool), 0)
+        return nothing, logits_HQK.new_full(logits_HQK.shape[:2], -math.inf)
     max_HQ1 = logits_HQK.detach().amax(dim=-1, keepdim=True)
     sums_HQ = (logits_HQK - max_HQ1).exp().to(q_SHD.dtype).to(logits_HQK.dtype).sum(dim=-1)
     lse_HQ = max_HQ1.squeeze(-1) + sums_HQ.log()

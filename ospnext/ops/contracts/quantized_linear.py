@@ -86,9 +86,13 @@ def _inputs(case: Case) -> dict[str, Any]:
         return oracle.away_from_ties(x.to(dtype), scale_max, recipe.scale_mode, recipe.granularity)
 
     x = largest(random(*tokens, inner), 15.0) * (1.0 if case.exact else 3.0)
-    named: dict[str, Any] = {"x": rounded(x, recipe.scale_max)}
     weight_dtype = options.get("weight_dtype", request.dtype)
     weight = largest(random(features, inner), -15.0) * (1.0 if case.exact else 0.02)
+    if cancelled := options.get("cancelled", 0):
+        # The products of as many features undo those of the ones before: what sums lost on the way is what is left.
+        x[..., cancelled : 2 * cancelled] = -x[..., :cancelled]
+        weight[:, cancelled : 2 * cancelled] = weight[:, :cancelled]
+    named: dict[str, Any] = {"x": rounded(x, recipe.scale_max)}
     named["weight"] = rounded(weight, recipe.scale_max, weight_dtype)
     if "stored" in options:
         values, scale = oracle.quantized(
@@ -301,7 +305,8 @@ def _cases() -> Iterator[Case]:
     yield _case("m32768-backward", "fp32", tokens=(32_768,), features=5, inner=9, backward=True)
     yield _case("tiles-backward", "bf16", tokens=(512,), features=384, inner=256, backward=True)
     wide = HiF8Recipe(accumulate="fp64")
-    yield _case("accumulate64-k13824", "fp32", tokens=(7,), features=33, inner=13_824, recipe=wide)
+    sums: dict[str, Any] = {"tokens": (7,), "features": 33, "inner": 13_824, "bias": False, "cancelled": 6_900}
+    yield _case("accumulate64-k13824", "fp32", recipe=wide, **sums)
     yield _case("backward", "fp64", backward=True)
     stored: dict[str, Any] = {"stored": True, "carried": True}
     for tag in ("bf16", "fp32"):

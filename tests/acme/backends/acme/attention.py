@@ -48,7 +48,7 @@ class Rows:
 def softmax(q_QHD, k_KHD, v_KHD, scale):
     logits_HQK = torch.einsum("qhd,khd->hqk", q_QHD, k_KHD) * scale
     if logits_HQK.shape[-1] == 0:
-        return q_QHD * 0, logits_HQK.new_full(logits_HQK.shape[:2], -torch.inf)
+        return torch.zeros_like(q_QHD), logits_HQK.new_full(logits_HQK.shape[:2], -torch.inf)
     return torch.einsum("hqk,khd->qhd", logits_HQK.softmax(-1), v_KHD), logits_HQK.logsumexp(-1)
 
 
