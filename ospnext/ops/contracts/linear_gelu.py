@@ -35,7 +35,7 @@ _SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
 
 
 def _linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # On CPUs with AMX, oneDNN multiplies what lies beside a row of bf16 by 0 if the row's length is odd: NaN may be there.
+    # On CPUs with AMX, oneDNN multiplies what lies beside a bf16 row of odd length by 0: that may be NaN.
     return define.gelu_tanh(F.linear(x.contiguous(), weight, bias))
 
 
