@@ -1,5 +1,5 @@
-"""Root-mean-square norm of rows held in registers, and the same with a rotary embedding behind it. A row is a tile of
-heads by channels; without the embedding it has one head.
+"""Root-mean-square norm of rows held in registers, and the same with a rotary embedding behind it. A row has heads of
+channels; without the embedding its chunks take their place.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .rope import angles, turn
-from .rows import ROWS, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, streams, warps
+from .rows import ROWS, chunks, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, streams, warps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = new(x)
     if x.numel():
         (x_BNC,) = streams(x)
-        _launch_forward(x_BNC, weight, None, None, out, eps, 1)
+        _launch_forward(x_BNC, weight, None, None, out, eps, chunks(x_BNC.shape[-1])[0])
     return out
 
 
@@ -34,7 +34,7 @@ def rms_norm_rope(x_BNC: Tensor, weight_C: Tensor, cos_NP: Tensor, sin_NP: Tenso
     head_dim = 2 * cos_NP.shape[1]
     out = new(x_BNC, samples, tokens, channels // head_dim, head_dim)
     if x_BNC.numel():
-        _launch_forward(stream(x_BNC), weight_C, dense(cos_NP), dense(sin_NP), out, eps, channels // head_dim)
+        _launch_forward(stream(x_BNC), weight_C, dense(cos_NP), dense(sin_NP), out, eps, head_dim)
     return out
 
 
@@ -54,15 +54,19 @@ def _stride(angles_NP: Tensor | None) -> int:
     return 0 if angles_NP is None else angles_NP.stride(0)
 
 
-def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tensor, eps: float, heads: int) -> None:
+def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tensor, eps: float, head_dim: int) -> None:
+    """Heads of `head_dim` channels, of which the last may have fewer where nothing is turned."""
     samples, tokens, channels = x_BNC.shape
-    height, width = _tile(heads, channels)
+    chunk, _ = chunks(channels)
+    width = triton.next_power_of_2(head_dim)
+    height = max(1, chunk // width)
     _normalize[(samples * tokens,)](
-        *(x_BNC, dense(weight), cos, sin, out, tokens, heads, channels // heads),
+        *(x_BNC, dense(weight), cos, sin, out, tokens, channels, head_dim),
         *(*x_BNC.stride()[:2], _stride(cos), _stride(sin), eps),
         HEADS=height,
         DIM=width,
-        num_warps=warps(height * width, 2048),
+        CHUNKS=triton.cdiv(channels, height * head_dim),
+        num_warps=warps(height * width, 256),
     )
 
 
@@ -91,7 +95,7 @@ def _normalize(
     sin_ptr,
     out_ptr,
     tokens,
-    heads,
+    channels,
     head_dim,
     sample_stride,
     token_stride,
@@ -100,21 +104,29 @@ def _normalize(
     eps,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
-    inside = (head < heads) & (channel < head_dim)
-    at = head * head_dim + channel
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
-    x = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = x * inverse_root(mean_of(tl.sum(x * x), heads * head_dim) + eps) * weight
+    total = tl.zeros([HEADS, DIM], tl.float32)
+    kept = ()  # as it was read: half the registers of fp32
+    for i in tl.static_range(CHUNKS):
+        at = (i * HEADS + head) * head_dim + channel
+        x = tl.load(start + at, mask=(channel < head_dim) & (at < channels), other=0.0)
+        kept += (x,)
+        total += x.to(tl.float32) * x.to(tl.float32)
+    inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     if cos_ptr is not None:
         cos, sin = angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, head_dim // 2, False, DIM // 2)
-        y = turn(y, cos, sin, HEADS, DIM)
-    out = y.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row.to(tl.int64) * (heads * head_dim) + at, out, mask=inside)
+    for i in tl.static_range(CHUNKS):
+        at = (i * HEADS + head) * head_dim + channel
+        inside = (channel < head_dim) & (at < channels)
+        y = kept[i].to(tl.float32) * inverse * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if cos_ptr is not None:
+            y = turn(y, cos, sin, HEADS, DIM)
+        tl.store(row_of(out_ptr, 0, row, 0, channels) + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -46,6 +46,16 @@ def partial_sums(x_BNC: Tensor) -> Tensor:
     return new(x_BNC, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
 
 
+def chunks(channels: int) -> tuple[int, int]:
+    """(channels of a chunk, chunks) of a row that a program keeps in registers from the first sum to the result.
+
+    A thread loads 16 bytes of bf16 of each chunk. Short chunks leave few lanes idle at the end of a row, and programs
+    of few warps let a multiprocessor load some rows while it adds up others; long rows need more threads to hold them.
+    """
+    chunk = min(PIECE if channels <= 6 * PIECE else 2 * PIECE, triton.next_power_of_2(channels))
+    return chunk, triton.cdiv(channels, chunk)
+
+
 def warps(block: int, lanes: int = 512) -> int:
     """Warps for a program that holds `block` elements in registers, `lanes` of them in each."""
     return max(1, min(16, block // lanes))
