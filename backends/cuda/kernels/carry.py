@@ -11,17 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def divide(x, scale):
-    """x / scale, rounded as IEEE asks, of fp32 numbers and one positive scale, which may be NaN.
+    """x / scale, rounded as IEEE asks, of fp32 numbers and one positive scale, which may be Inf or NaN.
 
     By a rounded reciprocal and the remainder, which is exact unless something leaves the range of fp32: a quotient so
-    small that the remainder does is far below HiFloat8, and for large scales there is another way."""
-    if scale > 1e30:
-        quotient = tl.div_rn(x, scale + tl.zeros_like(x))
-    else:
-        inverse = tl.div_rn(1.0, scale)
-        quotient = x * inverse
-        quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
-    return quotient
+    small that the remainder does is far below HiFloat8, and large scales are brought into range together with x."""
+    into_range = tl.where(scale > 1e30, 2.0**-64, 1.0)
+    divisor = scale * into_range
+    inverse = tl.div_rn(1.0, divisor)
+    divisor = tl.minimum(divisor, 3e38)  # Inf times a quotient of 0 would be NaN
+    x = x * into_range
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import End, codes_of, end_codes, quantized, row_amax
-from .rows import PIECE, new, row_of, stream, warps
+from .row_quantize import End, codes_of, magnitude_bits, own_scale, quantized
+from .rows import PIECE, chunks, new, row_of, stream, warps
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
 _LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
@@ -41,13 +41,16 @@ def gelu_tanh_quantize(
             return
         x_BNC = stream(x)
         samples, tokens, channels = x_BNC.shape
-        block = triton.next_power_of_2(channels)
+        chunk, count = chunks(channels)
         _rows[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
             **end.constants(),
-            BLOCK=block,
-            num_warps=warps(block),
+            CHUNK=chunk,
+            CHUNKS=count,
+            num_warps=warps(chunk, 256),
+            # The compiler would take registers that leave fewer programs on a multiprocessor.
+            maxnreg=80 if end.form == "row" else None,
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
@@ -133,16 +136,25 @@ def _rows(
     SHIFT: tl.constexpr,
     BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < channels
+    column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
-    x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    y = (x * tl.sigmoid(_twice_u(x))).to(x_ptr.dtype.element_ty).to(tl.float32)
+    largest = tl.zeros([CHUNK], tl.int32)
+    kept = ()  # rounded: that is what is quantized, and half the registers of fp32
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
+        y = (x * tl.sigmoid(_twice_u(x))).to(x_ptr.dtype.element_ty)
+        kept += (y,)
+        largest = tl.maximum(largest, magnitude_bits(y.to(tl.float32)))
     if FORM == "amax":
-        tl.store(scale_ptr + row, row_amax(y))
+        tl.store(scale_ptr + row, tl.max(largest).to(tl.float32, bitcast=True))
     else:
-        codes = end_codes(y, row, scale_ptr, table_ptr, scale_max, unit, SHIFT, BELOW_16, POWER_OF_TWO)
-        tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)
+        scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            codes = codes_of(kept[i].to(tl.float32), scale, table_ptr, SHIFT, BELOW_16)
+            tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)

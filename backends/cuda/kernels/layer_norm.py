@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import VALUES, End, codes_of, magnitude_bits, quantized, scale_of_row
-from .rows import PIECE, ROWS, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, warps
+from .row_quantize import VALUES, End, codes_of, magnitude_bits, own_scale, quantized
+from .rows import ROWS, chunks, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, warps
 
 Operand = Tensor | None
 
@@ -76,15 +76,17 @@ def _launch_forward(
         return
     x_BNC, shift, scale = stream(x), dense(shift), dense(scale)
     samples, tokens, channels = x_BNC.shape
-    chunk = min(PIECE, triton.next_power_of_2(channels))
+    chunk, count = chunks(channels)
     _normalize[(samples * tokens,)](
         *(x_BNC, dense(weight), dense(bias), shift, scale, out),
         *((end.scale, end.table, end.scale_max, end.unit) if end else (None, None, 1.0, 1.0)),
         *(tokens, channels, *x_BNC.stride()[:2], _stride(shift), _stride(scale), eps),
         **(end.constants() if end else VALUES),
         CHUNK=chunk,
-        CHUNKS=triton.cdiv(channels, chunk),
+        CHUNKS=count,
         num_warps=warps(chunk, 256),
+        # The compiler would take registers that leave fewer programs on a multiprocessor.
+        maxnreg=80 if end and end.form == "row" else None,
     )
 
 
@@ -139,56 +141,53 @@ def _normalize(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """A row in chunks that are read from cache again for each step: few registers keep many rows in flight, and no
-    lanes idle where channels are no power of two.
-    """
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
     column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     total = tl.zeros([CHUNK], tl.float32)
+    kept = ()  # as it was read: half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        total += tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
+        x = tl.load(start + at, mask=at < channels, other=0.0)
+        kept += (x,)
+        total += x.to(tl.float32)
     mean = mean_of(tl.sum(total), channels)
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
-        at = i * CHUNK + column
-        x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
-        centred = tl.where(at < channels, x - mean, 0.0)
+        centred = tl.where(i * CHUNK + column < channels, kept[i].to(tl.float32) - mean, 0.0)
         total += centred * centred
     inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
     scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
-    if FORM == "amax" or FORM == "row":
-        largest = tl.zeros([CHUNK], tl.int32)
-        for i in tl.static_range(CHUNKS):
-            at = i * CHUNK + column
-            y = _affine(start, at, at < channels, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row)
-            wide = tl.where(at < channels, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
-            largest = tl.maximum(largest, magnitude_bits(wide))
-        amax = tl.max(largest).to(tl.float32, bitcast=True)
-    if FORM == "amax":
-        tl.store(row_scale_ptr + row, amax)
-    else:
-        if FORM == "row":
-            of_row = scale_of_row(amax, scale_max, POWER_OF_TWO)
-            tl.store(row_scale_ptr + row, of_row * unit)
+    out_row = row_of(out_ptr, 0, row, 0, channels)
+    largest = tl.zeros([CHUNK], tl.int32)
+    results = ()  # in place of what was read
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        y = (kept[i].to(tl.float32) - mean) * inverse
+        out = _affine(y, at, at < channels, weight_ptr, bias_ptr, shift_row, scale_row).to(x_ptr.dtype.element_ty)
+        if FORM == "values":
+            tl.store(out_row + at, out, mask=at < channels)
         elif FORM == "shared":
-            of_row = tl.load(row_scale_ptr)
+            codes = codes_of(out.to(tl.float32), tl.load(row_scale_ptr), table_ptr, SHIFT, BELOW_16)
+            tl.store(out_row + at, codes, mask=at < channels)
+        else:
+            results += (out,)
+            largest = tl.maximum(largest, tl.where(at < channels, magnitude_bits(out.to(tl.float32)), 0))
+    if FORM == "amax":
+        tl.store(row_scale_ptr + row, tl.max(largest).to(tl.float32, bitcast=True))
+    elif FORM == "row":
+        of_row = own_scale(largest, row, row_scale_ptr, scale_max, unit, POWER_OF_TWO)
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
-            y = _affine(start, at, at < channels, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row)
-            out = y.to(x_ptr.dtype.element_ty)
-            if FORM != "values":
-                out = codes_of(out.to(tl.float32), of_row, table_ptr, SHIFT, BELOW_16)
-            tl.store(row_of(out_ptr, 0, row, 0, channels) + at, out, mask=at < channels)
+            codes = codes_of(results[i].to(tl.float32), of_row, table_ptr, SHIFT, BELOW_16)
+            tl.store(out_row + at, codes, mask=at < channels)
 
 
 @triton.jit
-def _affine(start, at, inside, mean, inverse, weight_ptr, bias_ptr, shift_row, scale_row):
-    """A chunk of the row that starts there, normalized and modulated, in fp32."""
-    y = (tl.load(start + at, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+def _affine(y, at, inside, weight_ptr, bias_ptr, shift_row, scale_row):
+    """A chunk of a normalized row with weight and bias, and modulated, in fp32."""
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = y * weight + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)

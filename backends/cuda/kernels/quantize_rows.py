@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import ScaleMode
 
-from .row_quantize import End, end_codes, quantized
-from .rows import row_of, stream, warps
+from .row_quantize import End, codes_of, magnitude_bits, own_scale, quantized
+from .rows import chunks, row_of, stream, warps
 
 
 def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried: bool) -> tuple[Tensor, Tensor]:
@@ -18,13 +18,14 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
     def run(end: End) -> None:
         x_BNC = stream(x)
         samples, tokens, channels = x_BNC.shape
-        block = triton.next_power_of_2(channels)
+        chunk, count = chunks(channels)
         _quantize[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
             **end.constants(),
-            BLOCK=block,
-            num_warps=warps(block),
+            CHUNK=chunk,
+            CHUNKS=count,
+            num_warps=warps(chunk, 256),
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity="row", carried=carried)
@@ -46,12 +47,21 @@ def _quantize(
     SHIFT: tl.constexpr,
     BELOW_16: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < channels
+    column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
-    x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    codes = end_codes(x, row, scale_ptr, table_ptr, scale_max, unit, SHIFT, BELOW_16, POWER_OF_TWO)
-    tl.store(row_of(codes_ptr, 0, row, 0, channels) + column, codes, mask=inside)
+    largest = tl.zeros([CHUNK], tl.int32)
+    kept = ()  # as it was read: half the registers of fp32
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        x = tl.load(start + at, mask=at < channels, other=0.0)
+        kept += (x,)
+        largest = tl.maximum(largest, magnitude_bits(x.to(tl.float32)))
+    scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        codes = codes_of(kept[i].to(tl.float32), scale, table_ptr, SHIFT, BELOW_16)
+        tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)

@@ -89,21 +89,11 @@ def quantized(
 
 
 @triton.jit
-def end_codes(
-    y,
-    row,
-    scale_ptr,
-    table_ptr,
-    scale_max,
-    unit,
-    SHIFT: tl.constexpr,
-    BELOW_16: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-):
-    """Codes of a row y, which is fp32, by a scale of its own, which is written."""
-    scale = scale_of_row(row_amax(y), scale_max, POWER_OF_TWO)
+def own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO: tl.constexpr):
+    """The scale of a row whose magnitudes, as bits, are at most those of `largest`; it is written."""
+    scale = scale_of_row(tl.max(largest).to(tl.float32, bitcast=True), scale_max, POWER_OF_TWO)
     tl.store(scale_ptr + row, scale * unit)
-    return codes_of(y, scale, table_ptr, SHIFT, BELOW_16)
+    return scale
 
 
 @triton.jit
@@ -114,11 +104,6 @@ def codes_of(y, scale, table_ptr, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
     else:
         codes = carry(divide(y, scale), scale, SHIFT, BELOW_16)
     return codes
-
-
-@triton.jit
-def row_amax(y):
-    return tl.max(magnitude_bits(y)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
