@@ -10,6 +10,7 @@ tests/test_parallel_model.py; that one compares each parameter by itself, and la
 from __future__ import annotations
 
 import argparse
+import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
-from hif8_cast import processor  # noqa: E402
-from parallel_layouts import Computed, Layout, compared, model_of  # noqa: E402
+from parallel_layouts import Computed, Layout, compared, model_of, run  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ospnext.bench.report import table  # noqa: E402
 from ospnext.bench.versions import versions  # noqa: E402
+from ospnext.models import OSPNextTransformer  # noqa: E402
+from ospnext.ops import use_backend  # noqa: E402
+from ospnext.sparse import Grid  # noqa: E402
 
 #: Column -> what the names of its parameters begin with. Every parameter is in one.
 GROUPS = {
@@ -62,17 +65,16 @@ class Divided:
     def world(self) -> int:
         return self.cfg * self.ssp * self.ulysses
 
-    def layouts(self, *, mutant: str = "") -> Iterator[Layout]:
-        """Over both grids, in full precision and in HiFloat8. Full blocks need a head for each rank."""
-        for quant in (False, True):
-            for grid in GRIDS[self.k]:
-                made = Layout(self.ssp, self.ulysses, self.k, 0 if self.k == 1 else 4, grid, quant=quant, cfg=self.cfg)
-                yield replace(made, mutant=mutant, heads=made.heads if self.world <= made.heads else 12)
+    def layout(self, grid: Grid, **others: Any) -> Layout:
+        """Full blocks need a head for each rank."""
+        full = 0 if self.k == 1 else 4
+        made = Layout(self.ssp, self.ulysses, self.k, full, grid, cfg=self.cfg, **others)
+        return made if self.world <= made.heads else replace(made, heads=12)
 
 
 DIVIDED = (
     Divided(2, ssp=2), Divided(1, ulysses=2), Divided(2, ulysses=2), Divided(2, cfg=2),
-    Divided(3, ssp=3), Divided(2, ulysses=3), Divided(3, ulysses=3),
+    Divided(3, ssp=3), Divided(2, ulysses=3),
     Divided(2, ssp=4), Divided(1, ulysses=4), Divided(2, ulysses=4), Divided(2, ssp=2, ulysses=2),
     Divided(2, cfg=2, ssp=2), Divided(2, cfg=2, ulysses=2),
     Divided(2, ulysses=6), Divided(2, ssp=2, ulysses=3), Divided(3, ssp=3, ulysses=2), Divided(3, cfg=2, ssp=3),
@@ -81,22 +83,36 @@ DIVIDED = (
     Divided(3, ssp=9),
 )  # fmt: skip
 WRONG = (Divided(2, ssp=2), Divided(3, ssp=3), Divided(2, ssp=4), Divided(2, ssp=4, ulysses=2))
-TINY = (Divided(2, ssp=2), Divided(2, ulysses=2), Divided(2, cfg=2)), (Divided(2, ssp=2),)
+TINY = (Divided(2, ssp=2), Divided(2, ulysses=2), Divided(2, cfg=2), Divided(3, ssp=3))
 SLICED = "sliced-adjoint"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="two ranks only")
+    parser.add_argument("--tiny", action="store_true", help="two and three ranks only, uneven grids")
     parser.add_argument("--out", type=Path, help="write the result here too")
     arguments = parser.parse_args()
-    right, wrong = TINY if arguments.tiny else (DIVIDED, WRONG)
-    layouts = [layout for one in right for layout in one.layouts()]
-    layouts += [layout for one in wrong for layout in one.layouts(mutant=SLICED) if not layout.quant]
-    text = "\n".join(report(errors(layouts))) + "\n"
+    divided = TINY if arguments.tiny else DIVIDED
+    text = "\n".join(report(errors([*layouts(divided, tiny=arguments.tiny)]))) + "\n"
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
+
+
+def layouts(divided: Sequence[Divided], *, tiny: bool) -> Iterator[Layout]:
+    for one in divided:
+        even, uneven = GRIDS[one.k]
+        for grid in [uneven] if tiny else [even, uneven]:
+            yield one.layout(grid)
+            yield one.layout(grid, quant=True)
+        if not _power_of_two(one.world):
+            yield one.layout(uneven, quant=True, loss_once=True)
+        if one in WRONG:
+            yield one.layout(uneven, mutant=SLICED)
+
+
+def _power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
 
 
 def errors(layouts: Sequence[Layout]) -> dict[Layout, dict[str, float]]:
@@ -136,51 +152,85 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return differences / max(b.abs().max().item() for b in expected)
 
 
+def quantizing(alone: Layout) -> dict[str, float]:
+    """What HiFloat8 itself changes, on one process."""
+    with use_backend("reference"):
+        quantized, plain = (run(model_of(one), one) for one in (alone, replace(alone, quant=False)))
+    return by_group(quantized, plain)["errors"]
+
+
 def report(found: dict[Layout, dict[str, float]]) -> Iterator[str]:
-    said, some = versions(torch.device("cpu")), model_of(next(iter(found)))
-    config = some.config
-    right = [of for layout, of in found.items() if not layout.mutant]
-    wrong = [of for layout, of in found.items() if layout.mutant]
+    plain = {layout: of for layout, of in found.items() if not layout.quant and not layout.mutant}
+    quant = {layout: of for layout, of in found.items() if layout.quant and not layout.loss_once}
+    even_scales = {layout: of for layout, of in quant.items() if _power_of_two(_world(layout))}
+    odd_scales = {layout: of for layout, of in quant.items() if layout not in even_scales}
+    once = {layout: of for layout, of in found.items() if layout.loss_once}
+    wrong = {layout: of for layout, of in found.items() if layout.mutant}
     yield from ("# Velocity and gradients of ranks against one process", "")
-    yield f"fp64; ospnext {said['ospnext']}, torch {said['torch']}, python {said['python']}; {processor()}, ranks over"
-    yield "gloo, one thread each; backend reference."
+    yield from _circumstances(model_of(next(iter(found))))
+    yield from ("", *table(["largest error", "velocity", "gradient"], [
+        ["full precision", *_largest(plain)],
+        ["HiFloat8 on 2, 4 and 8 ranks", *_largest(even_scales)],
+        ["HiFloat8 on 3, 6 and 9 ranks", *_largest(odd_scales)],
+        ["a gradient that slices", *_largest(wrong)],
+    ]))  # fmt: skip
+    yield from ("", "## Full precision", "", *_table(plain))
+    yield from ("", "## HiFloat8", "")
+    yield "Linears and attention of all blocks quantize and dequantize, forward and backward, with scales of whole"
+    yield "tensors that ranks agree on. Sums of 8-bit products are exact in fp64: many errors are 0."
+    yield from ("", *_table(even_scales))
+    yield from ("", "## HiFloat8, where ranks are no power of two", "")
+    yield "Each of R ranks computes the loss, so that gradients inside the model are R times those of one process, and"
+    yield "their mean over ranks is right. Scales are fp32, and round R times a number otherwise unless R is a power of"
+    yield "two: by 6e-8. Here one process counts its loss R times, too, and divides its gradients by R; what is left is"
+    yield "that of the text's keys and values, whose mean over ranks is taken inside."
+    yield from ("", *_table(odd_scales))
+    yield ""
+    yield "Against a loss that is counted once, some codes fall on the other side of a boundary, and those after them"
+    yield "follow. Both are gradients in HiFloat8, and nearer to each other than to that of full precision:"
+    alone = dict.fromkeys(layout.reference[0] for layout in once)
+    yield from ("", *_table(once, {one: quantizing(one) for one in alone}))
+    yield from ("", "## A gradient that slices", "")
+    yield "In full precision. Where tokens change rank, the backward pass takes the local slice instead of the adjoint"
+    yield "of the exchange, as published code does around its gathers: what other ranks did with a token is lost. The"
+    yield "forward pass does not tell, and neither does the head, which comes after the last exchange."
+    yield from ("", *_table(wrong))
+
+
+def _circumstances(some: OSPNextTransformer) -> Iterator[str]:
+    said, config = versions(torch.device("cpu")), some.config
+    parameters = sum(p.numel() for p in some.parameters())
+    yield f"fp64; ospnext {said['ospnext']}, torch {said['torch']}, python {said['python']}; {platform.machine()} CPU,"
+    yield "backend reference; ranks are processes over gloo with one thread each."
+    yield ""
     yield f"Model: {config.num_layers} blocks, of which two at each end are full (k = 1 is dense: 4 full blocks);"
     yield f"{config.dim} channels in {config.num_heads} heads (12 for 9 ranks), FFN of {config.ffn_dim}, text of"
-    yield f"{config.text_len} tokens; {sum(p.numel() for p in some.parameters()):,} random parameters. One sample; a grid"
-    yield "is T x H x W tokens, even where k^2 divides H and W. The loss is a weighted sum of the velocity, of the guided"
-    yield "one with cfg 2. Gradients are means over ranks, as FSDP takes them."
+    yield f"{config.text_len} tokens; {parameters:,} random parameters. One sample; a grid is T x H x W tokens, and even"
+    yield "where k^2 divides H and W. The loss is a weighted sum of the velocity, of the guided one with cfg 2. Gradients"
+    yield "are means over ranks, as FSDP takes them."
     yield ""
     yield "Each number is max |g - g1| / max |g1| over the parameters of a group, g1 being the gradient on one process;"
     yield "`velocity` is the same of the forward pass. `cross-attention` includes the norm before it, `modulation` the"
     yield "projection of the timestep, and `head` its own modulation."
-    yield ""
-    yield f"Largest: {_largest(right, velocity=True)} of a velocity, {_largest(right)} of a gradient. With the gradient of"
-    yield f"the last table: {_largest(wrong, velocity=True)} and {_largest(wrong)}."
-    yield from ("", "## In full precision", "", *_table(found, quant=False, mutant=""))
-    yield from ("", "## HiFloat8", "")
-    yield "Linears and attention of all blocks quantize and dequantize, forward and backward, with scales of whole tensors"
-    yield "that ranks agree on."
-    yield from ("", *_table(found, quant=True, mutant=""))
-    yield from ("", "## A gradient that slices", "")
-    yield "The same layouts, but where tokens change rank the backward pass takes the local slice instead of the adjoint of"
-    yield "the exchange, as published code does around its gathers: what other ranks did with a token is lost. The forward"
-    yield "pass does not tell, and neither does the head, which comes after the last exchange."
-    yield from ("", *_table(found, quant=False, mutant=SLICED))
 
 
-def _largest(rows: Sequence[dict[str, float]], *, velocity: bool = False) -> str:
-    return _number(max(error for of in rows for name, error in of.items() if (name == "velocity") is velocity))
+def _largest(rows: dict[Layout, dict[str, float]]) -> list[str]:
+    """Of the velocity, and of all gradients."""
+    gradients = (error for of in rows.values() for name, error in of.items() if name != "velocity")
+    return [_number(max(of["velocity"] for of in rows.values())), _number(max(gradients))]
 
 
-def _table(found: dict[Layout, dict[str, float]], *, quant: bool, mutant: str) -> list[str]:
-    head = ["layout", "ranks", "k", "grid", "", "velocity", *GROUPS]
-    rows = []
-    for layout, errors in found.items():
-        if (layout.quant, layout.mutant) == (quant, mutant):
-            evenness = ("even", "uneven")[GRIDS[layout.k].index(layout.grid)]
-            shape = [str(layout.k), " x ".join(map(str, layout.grid)), evenness]
-            rows.append([_sizes(layout), str(_world(layout)), *shape, *map(_number, errors.values())])
-    return table(head, rows)
+def _table(rows: dict[Layout, dict[str, float]], yardsticks: dict[Layout, dict[str, float]] | None = None) -> list[str]:
+    body = [_row(_sizes(layout), _world(layout), layout, errors) for layout, errors in rows.items()]
+    for one, errors in (yardsticks or {}).items():
+        body.append(_row("quantizing itself" + ", guided" * (one.cfg > 1), 1, one, errors))
+    return table(["layout", "ranks", "k", "grid", "", "velocity", *GROUPS], body)
+
+
+def _row(name: str, ranks: int, layout: Layout, errors: dict[str, float]) -> list[str]:
+    evenness = ("even", "uneven")[GRIDS[layout.k].index(layout.grid)]
+    shape = [str(layout.k), " x ".join(map(str, layout.grid)), evenness]
+    return [name, str(ranks), *shape, *map(_number, errors.values())]
 
 
 def _sizes(layout: Layout) -> str:

@@ -51,6 +51,8 @@ class Layout:
     payload: Payload = "plain"
     #: 2 computes both branches of guidance, each on ranks of its own.
     cfg: int = 1
+    #: Compare with one process that counts its loss once, and not as often as ranks do: in 8 bits another number.
+    loss_once: bool = False
     #: What is wrong on purpose.
     mutant: str = ""
 
@@ -60,16 +62,21 @@ class Layout:
         words = f"ssp{self.ssp}-ulysses{self.ulysses}-k{self.k}-full{self.full}-{shape}-b{self.batch}-h{self.heads}"
         payload = "" if self.payload == "plain" else f"-{self.payload}-payload"
         words += ("-hif8" if self.quant else "") + payload + (f"-{self.mutant}" if self.mutant else "")
-        return words if self.cfg == 1 else f"cfg{self.cfg}-{words}"
+        return f"cfg{self.cfg}-" * (self.cfg > 1) + words + "-loss-once" * self.loss_once
 
     @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(cfg=self.cfg, ssp=self.ssp, ulysses=self.ulysses)
 
     @property
-    def reference(self) -> Layout:
-        """What one process computes to compare it with; several layouts have the same."""
-        return replace(self, ssp=1, ulysses=1, mutant="")
+    def reference(self) -> tuple[Layout, int]:
+        """What one process computes to compare it with, the same for several layouts, and how often it counts its loss.
+
+        Each rank computes the loss, so that gradients inside the model are R times those of one process. That rounds
+        the scales of 8 bits, which are fp32, otherwise unless R is a power of two.
+        """
+        times = self.parallel.world if self.quant and not self.loss_once else 1
+        return replace(self, ssp=1, ulysses=1, loss_once=False, mutant=""), times
 
 
 class Computed(NamedTuple):
@@ -126,8 +133,10 @@ def model_of(layout: Layout) -> OSPNextTransformer:
     return quantize_model(model, QuantPolicy(quant="hif8", quant_attn="hif8")) if layout.quant else model
 
 
-def run(model: OSPNextTransformer, layout: Layout, replica: Replica | None = None) -> Computed:
-    """With gradients of a loss that is not the same for any two tokens. Without `replica`, on one process."""
+def run(model: OSPNextTransformer, layout: Layout, replica: Replica | None = None, *, times: int = 1) -> Computed:
+    """With gradients of a loss that is not the same for any two tokens, counted `times` times and divided by that.
+    Without `replica`, on one process.
+    """
     config, generator = model.config, torch.Generator().manual_seed(2)
     (t, h, w), (_, ph, pw) = layout.grid, config.patch_size
 
@@ -143,8 +152,8 @@ def run(model: OSPNextTransformer, layout: Layout, replica: Replica | None = Non
         velocity = model(latents, timestep, text)
     else:
         velocity = guided(model, replica or Replica(), latents, timestep, [text, randn(*text.shape)])
-    (velocity * weight).sum().backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    (times * (velocity * weight).sum()).backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad / times for n, p in model.named_parameters()}
     return Computed(velocity.detach(), gradients)
 
 
@@ -212,20 +221,28 @@ def compared(world: int, layouts: Sequence[Layout], judge: Judge) -> dict[str, d
     """By name of the layout, what `judge` says, and whether all of `world` ranks have the same velocity ("agree")."""
     torch.set_num_threads(1)
     with use_backend("reference"):
-        alone = {one: run(model_of(one), one) for one in dict.fromkeys(layout.reference for layout in layouts)}
+        references = dict.fromkeys(layout.reference for layout in layouts)
+        alone = {(one, times): run(model_of(one), one, times=times) for one, times in references}
     with tempfile.TemporaryDirectory(prefix="ospnext-layouts-") as folder:
         mp.start_processes(_rank_main, (world, layouts, alone, judge, folder), world, start_method="fork")
         return json.loads(Path(folder, "results.json").read_text())
 
 
 def _rank_main(
-    rank: int, world: int, layouts: Sequence[Layout], alone: dict[Layout, Computed], judge: Judge, folder: str
+    rank: int,
+    world: int,
+    layouts: Sequence[Layout],
+    alone: dict[tuple[Layout, int], Computed],
+    judge: Judge,
+    folder: str,
 ) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    found = {}
+    found, meshes = {}, {}
     with use_backend("reference"):
+        for kind in dict.fromkeys((layout.parallel, layout.payload) for layout in layouts):
+            meshes[kind] = make_mesh(kind[0], "cpu", TIMEOUT, kind[1])
         for layout in layouts:
-            mesh = make_mesh(layout.parallel, "cpu", TIMEOUT, layout.payload)
+            mesh = meshes[layout.parallel, layout.payload]
             model = share_samples(model_of(layout), mesh.sequence)
             if layout.mutant == "sliced-adjoint":
                 slice_gradients(model, layout)
