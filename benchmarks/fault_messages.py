@@ -86,9 +86,9 @@ def main() -> None:
 
 
 def report(faults: list[str]) -> Iterator[str]:
-    yield f"{RANKS} ranks over gloo, torch {torch.__version__}, python {platform.python_version()}. A collective may"
-    yield f"take {TIMEOUT:g} s. Seconds count from when the ranks have found each other, or where they do not from"
-    yield "their start."
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    yield f"{RANKS} ranks over gloo, {versions}; a collective may take {TIMEOUT:g} s."
+    yield "Seconds count from when the ranks have found each other, or where they do not, from their start."
     for fault in faults:
         title, provoke = FAULTS[fault]
         yield from ("", f"==== {title}", *transcript(provoke()))

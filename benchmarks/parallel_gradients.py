@@ -172,6 +172,7 @@ def report(found: dict[Layout, dict[str, float]]) -> Iterator[str]:
         ["full precision", *_largest(plain)],
         ["HiFloat8 on 2, 4 and 8 ranks", *_largest(even_scales)],
         ["HiFloat8 on 3, 6 and 9 ranks", *_largest(odd_scales)],
+        ["the same against a loss that is counted once", *_largest(once)],
         ["a gradient that slices", *_largest(wrong)],
     ]))  # fmt: skip
     yield from ("", "## Full precision", "", *_table(plain))
@@ -185,9 +186,9 @@ def report(found: dict[Layout, dict[str, float]]) -> Iterator[str]:
     yield "two: by 6e-8. Here one process counts its loss R times, too, and divides its gradients by R; what is left is"
     yield "that of the text's keys and values, whose mean over ranks is taken inside."
     yield from ("", *_table(odd_scales))
-    yield ""
-    yield "Against a loss that is counted once, some codes fall on the other side of a boundary, and those after them"
-    yield "follow. Both are gradients in HiFloat8, and nearer to each other than to that of full precision:"
+    yield from ("", "## HiFloat8, where ranks are no power of two, against a loss that is counted once", "")
+    yield "Some codes fall on the other side of a boundary, and those after them follow. Both are gradients in"
+    yield "HiFloat8, and nearer to each other than to that of full precision, which the rows of one rank compare with."
     alone = dict.fromkeys(layout.reference[0] for layout in once)
     yield from ("", *_table(once, {one: quantizing(one) for one in alone}))
     yield from ("", "## A gradient that slices", "")
@@ -223,7 +224,8 @@ def _largest(rows: dict[Layout, dict[str, float]]) -> list[str]:
 def _table(rows: dict[Layout, dict[str, float]], yardsticks: dict[Layout, dict[str, float]] | None = None) -> list[str]:
     body = [_row(_sizes(layout), _world(layout), layout, errors) for layout, errors in rows.items()]
     for one, errors in (yardsticks or {}).items():
-        body.append(_row("quantizing itself" + ", guided" * (one.cfg > 1), 1, one, errors))
+        name = "quantizing itself" + ", guided" * (one.cfg > 1) + f", {one.heads} heads" * (one.heads > 8)
+        body.append(_row(name, 1, one, errors))
     return table(["layout", "ranks", "k", "grid", "", "velocity", *GROUPS], body)
 
 

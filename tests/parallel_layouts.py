@@ -248,12 +248,19 @@ def _rank_main(
                 slice_gradients(model, layout)
             velocity, gradients = run(model, layout, Replica(mesh))
             # Every rank has computed the loss: the mean over them, as FSDP takes it, is the gradient.
-            together = Computed(velocity, {name: all_gather(grad[None]).mean(0) for name, grad in gradients.items()})
+            together = Computed(velocity, _mean(gradients) if gradients else {})
             agree = bool((all_gather(velocity[None]) == velocity).all())
             found[layout.name] = judge(together, alone[layout.reference]) | {"agree": agree}
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def _mean(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over ranks, in one collective."""
+    flat = all_gather(torch.cat([grad.flatten() for grad in gradients.values()])[None]).mean(0)
+    parts = flat.split([grad.numel() for grad in gradients.values()])
+    return {name: part.view_as(grad) for (name, grad), part in zip(gradients.items(), parts, strict=True)}
 
 
 def by_parameter(found: Computed, expected: Computed) -> dict[str, Any]:
