@@ -1,4 +1,5 @@
-"""What ranks do in tests/test_parallel_faults.py, each with one fault; ranks import it by the names in this file."""
+"""What ranks do in tests/test_parallel_faults.py and benchmarks/fault_messages.py, each with one fault; ranks import it
+by the names in this file."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from ospnext.ops import collective, collective_watch
+from ospnext.errors import CollectiveError
+from ospnext.ops import agreement, collective, collective_watch
 from ospnext.ops.agreement import check_agreement
 
 #: Steps before the fault, so that it meets ranks at work.
@@ -140,10 +142,29 @@ def set_up_twice(port):
     return time.monotonic() - started
 
 
-def agree(facts_by_rank):
-    """The error of an agreement among ranks that have facts of their own."""
+def check(facts_by_rank, timeout=30):
+    """An agreement among ranks that have facts of their own."""
+    check_agreement(None, facts_by_rank[dist.get_rank()], timeout=timeout)
+
+
+def agree(facts_by_rank, timeout=30):
+    """The error of it."""
     try:
-        check_agreement(None, facts_by_rank[dist.get_rank()], timeout=30)
+        check(facts_by_rank, timeout)
     except Exception as error:
         return type(error).__name__, str(error), type(error.__cause__).__name__
     return None
+
+
+def agree_without_store(facts_by_rank):
+    """The same; the store is gone for rank 1 when all ranks know that they differ, as rank 0 does not wait for it."""
+    meet = agreement.meet
+
+    def gone(topic, *arguments):
+        if topic.startswith("end"):
+            raise CollectiveError("the store of the group does not answer")
+        return meet(topic, *arguments)
+
+    if dist.get_rank() == 1:
+        agreement.meet = gone
+    return agree(facts_by_rank, timeout=1)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +22,16 @@ from torch import Tensor
 
 from ospnext.errors import ConfigError
 from ospnext.models import OSPNextTransformer, TransformerConfig, preset, quantize_model
-from ospnext.models.layers import CrossAttention
+from ospnext.models.parallelize import share_samples
 from ospnext.models.quant_policy import QuantPolicy
 from ospnext.ops import use_backend
 from ospnext.ops.collective import all_gather
-from ospnext.parallel import SequenceParallel
+from ospnext.parallel.config import ParallelConfig
 from ospnext.parallel.exchange import Payload
+from ospnext.parallel.mesh import make_mesh
+from ospnext.pipelines.replica import Replica
 
+TIMEOUT, GUIDANCE = 120.0, 5.0
 HEADS = 8
 WIDE = {"dim": 96, "num_heads": HEADS, "ffn_dim": 64}
 
@@ -44,6 +49,10 @@ class Layout:
     heads: int = HEADS
     quant: bool = False
     payload: Payload = "plain"
+    #: 2 computes both branches of guidance, each on ranks of its own.
+    cfg: int = 1
+    #: Compare with one process that counts its loss once, and not as often as ranks do: in 8 bits another number.
+    loss_once: bool = False
     #: What is wrong on purpose.
     mutant: str = ""
 
@@ -52,7 +61,33 @@ class Layout:
         shape = "x".join(map(str, self.grid))
         words = f"ssp{self.ssp}-ulysses{self.ulysses}-k{self.k}-full{self.full}-{shape}-b{self.batch}-h{self.heads}"
         payload = "" if self.payload == "plain" else f"-{self.payload}-payload"
-        return words + ("-hif8" if self.quant else "") + payload + (f"-{self.mutant}" if self.mutant else "")
+        words += ("-hif8" if self.quant else "") + payload + (f"-{self.mutant}" if self.mutant else "")
+        return f"cfg{self.cfg}-" * (self.cfg > 1) + words + "-loss-once" * self.loss_once
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(cfg=self.cfg, ssp=self.ssp, ulysses=self.ulysses)
+
+    @property
+    def reference(self) -> tuple[Layout, int]:
+        """What one process computes to compare it with, the same for several layouts, and how often it counts its loss.
+
+        Each rank computes the loss, so that gradients inside the model are R times those of one process. That rounds
+        the scales of 8 bits, which are fp32, otherwise unless R is a power of two.
+        """
+        times = self.parallel.world if self.quant and not self.loss_once else 1
+        return replace(self, ssp=1, ulysses=1, loss_once=False, mutant=""), times
+
+
+class Computed(NamedTuple):
+    """Gradients are by parameter; there are none where 8 bits travel."""
+
+    velocity: Tensor
+    gradients: dict[str, Tensor]
+
+
+#: (of ranks, of one process) -> what is to be said of them, as JSON types.
+Judge = Callable[[Computed, Computed], dict[str, Any]]
 
 
 #: 480P and 720P have 30 x 52 and 45 x 80 tokens a frame: these are an eighth and less of them, and odd ones.
@@ -98,8 +133,10 @@ def model_of(layout: Layout) -> OSPNextTransformer:
     return quantize_model(model, QuantPolicy(quant="hif8", quant_attn="hif8")) if layout.quant else model
 
 
-def run(model: OSPNextTransformer, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-    """(velocity, gradients of a loss that is not the same for any two tokens; none where 8 bits travel)."""
+def run(model: OSPNextTransformer, layout: Layout, replica: Replica | None = None, *, times: int = 1) -> Computed:
+    """With gradients of a loss that is not the same for any two tokens, counted `times` times and divided by that.
+    Without `replica`, on one process.
+    """
     config, generator = model.config, torch.Generator().manual_seed(2)
     (t, h, w), (_, ph, pw) = layout.grid, config.patch_size
 
@@ -110,11 +147,25 @@ def run(model: OSPNextTransformer, layout: Layout) -> tuple[Tensor, dict[str, Te
     text, weight = randn(layout.batch, config.text_len, config.text_dim), randn(*latents.shape)
     timestep = torch.full((layout.batch,), 500.0, dtype=torch.float64)
     if layout.payload != "plain":
-        return eight_bits(model, latents, timestep, text), {}
-    velocity = model(latents, timestep, text)
-    (velocity * weight).sum().backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return velocity.detach(), gradients
+        return Computed(eight_bits(model, latents, timestep, text), {})
+    if layout.cfg == 1:
+        velocity = model(latents, timestep, text)
+    else:
+        velocity = guided(model, replica or Replica(), latents, timestep, [text, randn(*text.shape)])
+    (times * (velocity * weight).sum()).backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad / times for n, p in model.named_parameters()}
+    return Computed(velocity.detach(), gradients)
+
+
+def guided(
+    model: OSPNextTransformer, replica: Replica, latents: Tensor, timestep: Tensor, texts: Sequence[Tensor]
+) -> Tensor:
+    """As `diffusion.guide`, but in fp64: that one rounds to fp32."""
+    if replica.divides_branches:
+        v_cond, v_uncond = replica.of_branches(model(latents, timestep, texts[replica.branch]))
+    else:
+        v_cond, v_uncond = (model(latents, timestep, text) for text in texts)
+    return v_uncond + GUIDANCE * (v_cond - v_uncond)
 
 
 def eight_bits(model: OSPNextTransformer, *inputs: Tensor) -> Tensor:
@@ -129,23 +180,11 @@ def eight_bits(model: OSPNextTransformer, *inputs: Tensor) -> Tensor:
         return model(*inputs)
 
 
-def share(model: OSPNextTransformer, layout: Layout, rank: int) -> None:
-    """What mesh.py and parallelize.py do, by hand."""
-    group = None
-    for first in range(0, layout.ssp * layout.ulysses, layout.ulysses):
-        ranks = list(range(first, first + layout.ulysses))
-        made = dist.new_group(ranks)
-        group = made if rank in ranks else group
-    model.sequence = SequenceParallel(layout.ssp, layout.ulysses, rank, dist.group.WORLD, group, layout.payload)
-    for module in model.modules():
-        if hasattr(module, "amax_group"):
-            module.amax_group = dist.group.WORLD  # type: ignore[assignment]
-        if isinstance(module, CrossAttention):
-            module.attend.kv_group = dist.group.WORLD
-    if layout.mutant == "sliced-adjoint":
-        plan = model.layout(layout.grid, layout.batch)
-        broken = tuple(replace(b, exchange=b.exchange and GatherAndKeep(b.exchange)) for b in plan.blocks)
-        model._layouts[next(iter(model._layouts))] = replace(plan, blocks=broken)
+def slice_gradients(model: OSPNextTransformer, layout: Layout) -> None:
+    """Plans whose exchanges have the gradient of `GatherAndKeep`."""
+    plan = model.layout(layout.grid, layout.batch)
+    broken = tuple(replace(b, exchange=b.exchange and GatherAndKeep(b.exchange)) for b in plan.blocks)
+    model._layouts[next(iter(model._layouts))] = replace(plan, blocks=broken)
 
 
 class GatherAndKeep:
@@ -178,29 +217,55 @@ class _SliceOfGradient(torch.autograd.Function):
         return kept, None, None
 
 
-def rank_main(rank: int, world: int, address: str, out: str) -> None:
+def compared(world: int, layouts: Sequence[Layout], judge: Judge) -> dict[str, dict[str, Any]]:
+    """By name of the layout, what `judge` says, and whether all of `world` ranks have the same velocity ("agree")."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    found = {}
     with use_backend("reference"):
-        for layout in LAYOUTS[world]:
-            alone, together = model_of(layout), model_of(layout)
-            share(together, layout, rank)
-            expected, of_one = run(alone, layout)
-            velocity, of_ranks = run(together, layout)
-            found[layout.name] = {
-                "velocity": _off(velocity, expected),
-                # Every rank has computed the loss: the mean over them, as FSDP takes it, is the gradient.
-                "gradients": {name: _off(_mean(grad, world), of_one[name]) for name, grad in of_ranks.items()},
-                "agree": bool((all_gather(velocity[None]) == velocity).all()),
-            }
+        references = dict.fromkeys(layout.reference for layout in layouts)
+        alone = {(one, times): run(model_of(one), one, times=times) for one, times in references}
+    with tempfile.TemporaryDirectory(prefix="ospnext-layouts-") as folder:
+        mp.start_processes(_rank_main, (world, layouts, alone, judge, folder), world, start_method="fork")
+        return json.loads(Path(folder, "results.json").read_text())
+
+
+def _rank_main(
+    rank: int,
+    world: int,
+    layouts: Sequence[Layout],
+    alone: dict[tuple[Layout, int], Computed],
+    judge: Judge,
+    folder: str,
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    found, meshes = {}, {}
+    with use_backend("reference"):
+        for kind in dict.fromkeys((layout.parallel, layout.payload) for layout in layouts):
+            meshes[kind] = make_mesh(kind[0], "cpu", TIMEOUT, kind[1])
+        for layout in layouts:
+            mesh = meshes[layout.parallel, layout.payload]
+            model = share_samples(model_of(layout), mesh.sequence)
+            if layout.mutant == "sliced-adjoint":
+                slice_gradients(model, layout)
+            velocity, gradients = run(model, layout, Replica(mesh))
+            # Every rank has computed the loss: the mean over them, as FSDP takes it, is the gradient.
+            together = Computed(velocity, _mean(gradients) if gradients else {})
+            agree = bool((all_gather(velocity[None]) == velocity).all())
+            found[layout.name] = judge(together, alone[layout.reference]) | {"agree": agree}
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(folder, "results.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def _mean(t: Tensor, world: int) -> Tensor:
-    return all_gather(t[None]).sum(0) / world
+def _mean(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over ranks, in one collective."""
+    flat = all_gather(torch.cat([grad.flatten() for grad in gradients.values()])[None]).mean(0)
+    parts = flat.split([grad.numel() for grad in gradients.values()])
+    return {name: part.view_as(grad) for (name, grad), part in zip(gradients.items(), parts, strict=True)}
+
+
+def by_parameter(found: Computed, expected: Computed) -> dict[str, Any]:
+    gradients = {name: _off(grad, expected.gradients[name]) for name, grad in found.gradients.items()}
+    return {"velocity": _off(found.velocity, expected.velocity), "gradients": gradients}
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
@@ -209,5 +274,4 @@ def _off(found: Tensor, expected: Tensor) -> float:
 
 if __name__ == "__main__":
     world, out = int(sys.argv[1]), sys.argv[2]
-    meeting = Path(out).with_suffix(".store")
-    mp.start_processes(rank_main, (world, f"file://{meeting}", out), world, start_method="fork")
+    Path(out).write_text(json.dumps(compared(world, LAYOUTS[world], by_parameter)))

@@ -28,7 +28,8 @@ LIMIT = 60.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank ended. `exit_code` is None where it had to be killed; `seconds` count from when the group stood."""
+    """How one rank ended. `exit_code` is None where it had to be killed; `seconds` count from when the group stood, or
+    where it never did from the start."""
 
     result: Any
     stderr: str
@@ -43,20 +44,23 @@ def run_ranks(
     timeout: float = 30.0,
     limit: float = LIMIT,
     environ: Mapping[int, Mapping[str, str]] | None = None,
+    missing: int = 0,
 ) -> list[Ended]:
     """Call `function(*arguments)` on each rank of a group whose collectives give up after `timeout` seconds.
 
-    `environ` holds further variables by rank. Both `function` and what it returns travel between processes."""
+    `environ` holds further variables by rank. The group has `missing` more ranks, which are not started. Both
+    `function` and what it returns travel between processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "ospnext.ops", "rank_processes"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    world = ranks + missing
     with tempfile.TemporaryDirectory(prefix="ospnext-test-ranks-") as folder:
         processes = [
             context.Process(
                 target=_serve,
-                args=(folder, rank, ranks, port, timeout, dict((environ or {}).get(rank, {})), function, arguments),
+                args=(folder, rank, world, port, timeout, dict((environ or {}).get(rank, {})), function, arguments),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -101,7 +105,7 @@ def _ended(folder: Path, rank: int, exit_code: int | None, when: float, stood: f
 def _serve(
     folder: str,
     rank: int,
-    ranks: int,
+    world: int,
     port: int,
     timeout: float,
     environ: dict[str, str],
@@ -116,7 +120,7 @@ def _serve(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=ranks,
+        world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
     )
     Path(f"{folder}/{rank}.stood").write_text(str(time.monotonic()))  # one clock for all processes of a machine

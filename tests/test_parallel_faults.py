@@ -191,3 +191,9 @@ def test_another_model_config_stops_the_job_with_a_diff() -> None:
 def test_a_fact_that_one_rank_does_not_tell_is_a_difference() -> None:
     ((_, text, _), _) = errors([SAME, {"mesh": SAME["mesh"]}])
     assert text.splitlines()[1:-1] == ["  model config", "    rank 0: 6e1b", "    rank 1: (nothing said)"]
+
+
+def test_a_difference_is_told_though_the_store_is_gone_by_then() -> None:
+    facts = [SAME, SAME | {"model config": "77c0"}]
+    found = results(run_ranks(failing_ranks.agree_without_store, 2, facts))
+    assert [kind for kind, _, _ in found] == ["DisagreementError"] * 2

@@ -3,6 +3,7 @@ with the same list. What a caller knows beyond operators (its model, its mesh, i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ospnext.errors import DisagreementError
+from ospnext.errors import CollectiveError, DisagreementError
 from ospnext.ops.contracts import CONTRACTS
 from ospnext.ops.device import default_device
 from ospnext.ops.group_store import meet, names_of
@@ -59,7 +60,8 @@ def check_agreement(
             raise failure
         return
     everyone = [json.loads(one) for one in meet("disagreement", text, group, timeout)]
-    meet("end of the disagreement", "", group, timeout)  # no rank may leave, and take the store along, before all know
+    with contextlib.suppress(CollectiveError):  # who has left already, and perhaps taken the store along, knew all
+        meet("end of the disagreement", "", group, timeout)  # no rank may leave before all know
     raise DisagreementError(_differences(everyone, dist.get_process_group_ranks(group))) from failure
 
 
