@@ -9,12 +9,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ospnext.cli import EXIT_ERROR
-from ospnext.errors import OSPNextError
+from ospnext.errors import CollectiveError, OSPNextError
 from ospnext.launch import Launch, launched
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ class Ranks:
             return
         if self.launch.rank == next(rank for rank, text in enumerate(found) if text):
             _print_errors(found)
-        self._meet("end", "", timeout)  # a rank that ends makes torchrun end the others, the one that prints among them
+        with suppress(CollectiveError):  # who has ended by now, and perhaps taken the store along, has printed
+            self._meet("end", "", timeout)  # an end makes torchrun end the others, the one that prints among them
         raise SystemExit(EXIT_ERROR)
 
     def agree(self, facts: Mapping[str, str], device: torch.device) -> None:
