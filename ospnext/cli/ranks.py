@@ -5,6 +5,7 @@ of its own a command does all of this alone, and nothing here imports torch.
 from __future__ import annotations
 
 import datetime
+import os
 import signal
 import sys
 import warnings
@@ -140,7 +141,11 @@ class Ranks:
 
 @contextmanager
 def ranks_of_command() -> Iterator[Ranks]:
-    """The ranks that torchrun has started with this one, which can reach each other from here on."""
+    """The ranks that torchrun has started with this one, which can reach each other from here on.
+
+    Raises:
+        CollectiveError: they did not find each other.
+    """
     launch = launched()
     if launch is None:
         yield Ranks()
@@ -149,11 +154,23 @@ def ranks_of_command() -> Iterator[Ranks]:
 
     # Ranks find each other on the host; the groups in which tensors travel are made with the mesh.
     transport = dist.get_default_backend_for_device("cpu")
-    dist.init_process_group(transport, timeout=datetime.timedelta(seconds=START_TIMEOUT))
+    try:
+        dist.init_process_group(transport, timeout=datetime.timedelta(seconds=START_TIMEOUT))
+    except (dist.DistError, ValueError) as error:
+        raise CollectiveError(_not_found(launch, error)) from error
     if launch.rank > 0:
         warnings.simplefilter("ignore")  # they would be those of the first rank again
     yield Ranks(launch)
     dist.destroy_process_group()  # not after an error, when others may be in a collective
+
+
+def _not_found(launch: Launch, error: Exception) -> str:
+    meeting = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    first_line, *_ = str(error).splitlines() or [type(error).__name__]
+    return (
+        f"{launch.world} ranks did not find each other at {meeting} within {START_TIMEOUT:.0f} s ({first_line}): start "
+        "all of them, on hosts that reach this address"
+    )
 
 
 def _print_errors(found: list[str]) -> None:
