@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The numbers of docs/performance.md, on one GPU of 80 GB or more: about 15 minutes. Each line stands alone, so that a
+# The numbers of docs/performance.md, on one GPU of 80 GB or more: about 25 minutes. Each line stands alone, so that a
 # part can be run again; `ospnext bench model` writes its files after each variant.
 #
 #     benchmarks/h200_model.sh [FOLDER]          writes to benchmarks/results if no folder is given
@@ -20,3 +20,7 @@ ospnext bench model --preset 1.3b --resolution 480p,720p --variants $variants \
 python benchmarks/model_error.py --out "$out/model_error.md"
 python benchmarks/training_step.py --resolution 768p --out "$out/training_step.md"
 python benchmarks/token_scaling.py --out "$out/token_scaling.md"
+python benchmarks/step_sync.py --out "$out/step_sync.md"
+python benchmarks/cuda_fused.py --out "$out/cuda_fused.md"
+python benchmarks/rank_share.py --resolution 720p,768p --out "$out/rank_share.md"
+ospnext conformance run --backend cuda --out "$out/conformance" --quiet
