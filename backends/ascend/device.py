@@ -63,6 +63,7 @@ def probe() -> Probe:
                 "cann": npu.utils.get_cann_version() or "unknown",
             },
             played,
+            _shown(),
         )
     )
 
@@ -139,6 +140,12 @@ def _release(version: str) -> str:
     """A torch_npu is built for one release of torch; what follows the third number (rc1, post2) is its own."""
     found = _RELEASE.match(version)
     return found[0] if found else version
+
+
+def _shown() -> tuple[int, ...]:
+    """What stands behind anything but digits and commas is ignored, as CANN ignores it."""
+    listed = re.match(r"\d+(,\d+)*", os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
+    return tuple(map(int, listed[0].split(","))) if listed else ()
 
 
 def _hidden() -> str:

@@ -92,7 +92,8 @@ class Manifest:
 @dataclass(frozen=True)
 class DeviceInfo:
     """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in
-    bytes. `emulation` says what plays the device; empty for hardware.
+    bytes. `emulation` says what plays the device; empty for hardware. `shown` are the devices of the host that this
+    process sees, as the host numbers them; empty where that is not known, or where it sees all.
     """
 
     type: str
@@ -102,6 +103,7 @@ class DeviceInfo:
     capability: Any = None
     versions: dict[str, str] = field(default_factory=dict)
     emulation: str = ""
+    shown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
