@@ -17,7 +17,7 @@ HELP = """Say which implementation would take a request, and what became of ever
   ospnext explain hif8_quantize --shape 75600,5120 --feature granularity=row --feature scale_mode=pow2
   ospnext explain quantized_attention --tokens 19320
   ospnext explain collective --operation all_to_all --ranks 8 --feature uneven
-  ospnext explain collective --ranks 8 --feature ranks_per_device=1     as in a mesh whose ranks each have a device
+  ospnext explain collective --ranks 8 --feature ranks_per_device=1   # in a mesh, each rank on its own device
 
 Nothing is run and no kernel is loaded. Exits with 1 if no implementation takes the request."""
 

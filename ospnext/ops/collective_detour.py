@@ -1,5 +1,5 @@
-"""Whether collectives go another way than the one that their backend prefers. On a device that is through the host: slow,
-and without a difference in any result, so that nobody would notice."""
+"""Whether collectives go another way than the one that their backend prefers. On a device that is through the host:
+slow, and without a difference in any result, so that nobody would notice."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ospnext.ops.select import select
 
 
 def detour(device_type: str, groups: Sequence[Sequence[int]]) -> str:
-    """What takes the collectives of these groups (ranks of the job, as many in each) under the policy in force, why that
-    is not what comes first in the backend, and what to do. Empty where it is, or where the policy names an
+    """What takes the collectives of these groups (ranks of the job, as many in each) under the policy in force, why
+    that is not what comes first in the backend, and what to do. Empty where it is, or where the policy names an
     implementation. Ranks have told each other their devices.
     """
     if device_type == "cpu" or len(groups[0]) == 1:
