@@ -57,31 +57,31 @@ def told(held, groups=()):
     with holding(held):
         before = found()
         tell_devices("cuda", 30)
-        return (
-            before,
-            found(),
-            [found(one) for one, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks],
-        )
+        dist.barrier()  # rank 0 takes the store along when it ends
+        mine = [one for one, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks]
+        return before, found(), [found(one) for one in mine]
 
 
-def on_hosts(hosts, numbers, shown):
-    """Devices are told apart by `Device.identity` itself: they have numbers on a host, and a driver without UUIDs."""
+def on_hosts(hosts, indices, numbers):
+    """What is found where `Device.identity` tells devices apart, by numbers on a host: their driver has no UUIDs."""
     rank = dist.get_rank()
     properties = SimpleNamespace(uuid="00000000-0000-0000-0000-000000000000")
     device._host = lambda: hosts[rank]
     device.torch = SimpleNamespace(
         device=torch.device,
         get_device_module=lambda _: SimpleNamespace(
-            current_device=lambda: numbers[rank], get_device_properties=lambda index: properties
+            current_device=lambda: indices[rank],
+            get_device_properties=lambda index: properties,
         ),
     )
 
-    class Shown(Registry):
+    class Numbered(Registry):
         def probe(self, backend):
-            return Probe(DeviceInfo("cuda", "a GPU", count=1, capability=(9, 0), shown=shown[rank]))
+            return Probe(DeviceInfo("cuda", "a GPU", count=1, capability=(9, 0), numbers=numbers[rank]))
 
-    with use_registry(Shown([MANIFEST])):
+    with use_registry(Numbered([MANIFEST])):
         tell_devices("cuda", 30)
+        dist.barrier()
         return found()
 
 
@@ -102,12 +102,14 @@ def set_up_twice(port, held_then, held_now):
 
 def required(held):
     """The error of ranks that each need a device."""
+    said = None
     with holding(held):
         try:
             require_own_devices("cuda", 30)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+            said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return said
 
 
 def meshed(layout, held):
@@ -116,4 +118,5 @@ def meshed(layout, held):
     with holding(held), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         made = mesh.make_mesh(ParallelConfig(**layout), "cuda", 30)
+        dist.barrier()
         return [str(one.message) for one in said], found(made.replica)

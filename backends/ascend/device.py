@@ -63,7 +63,7 @@ def probe() -> Probe:
                 "cann": npu.utils.get_cann_version() or "unknown",
             },
             played,
-            _shown(),
+            _numbers(count),
         )
     )
 
@@ -142,10 +142,10 @@ def _release(version: str) -> str:
     return found[0] if found else version
 
 
-def _shown() -> tuple[int, ...]:
+def _numbers(count: int) -> tuple[int, ...]:
     """What stands behind anything but digits and commas is ignored, as CANN ignores it."""
-    listed = re.match(r"\d+(,\d+)*", os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
-    return tuple(map(int, listed[0].split(","))) if listed else ()
+    shown = re.match(r"\d+(,\d+)*", os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
+    return tuple(map(int, shown[0].split(",")))[:count] if shown else tuple(range(count))
 
 
 def _hidden() -> str:

@@ -49,16 +49,17 @@ class Device:
         """What tells this physical device from every other one, those of other hosts included: the same text in each
         process that holds it, whichever devices that process sees.
 
-        It is the UUID of the device. Where the driver does not know one: its number, and what tells this host from
-        others.
+        Where a backend knows how the host numbers devices, it is that number and what tells this host from others;
+        else the UUID of the device, or without one its index here.
         """
         if self.is_cpu:
             return f"cpu of {_host()}"
         index = self._module.current_device() if self.device.index is None else self.device.index
+        number = _number_on_host(self.device.type, index)
         uuid = str(getattr(self._module.get_device_properties(index), "uuid", ""))
-        if uuid.strip("0-"):  # all zeros is what is said of one that is not known
-            return f"{self.device.type} {uuid}"
-        return f"{self.device.type} {_number_on_host(self.device.type, index)} of {_host()}"
+        if not uuid.strip("0-"):  # a driver that knows none says zeros
+            return f"{self.device.type} {index if number is None else number} of {_host()}"
+        return f"{self.device.type} {uuid}" if number is None else f"{self.device.type} {number} ({uuid}) of {_host()}"
 
     def synchronize(self) -> None:
         """Wait until everything queued on the device is done."""
@@ -95,14 +96,14 @@ def device_of_rank(device: torch.device, local_rank: int) -> torch.device:
     return own
 
 
-def _number_on_host(device_type: str, index: int) -> int:
-    """How the host numbers the device that this process calls `index`, as far as a backend knows."""
+def _number_on_host(device_type: str, index: int) -> int | None:
+    """How the host numbers the device that this process calls `index`; None where no backend knows."""
     known = registry()
     for manifest in known.ordered():
         found = known.probe(manifest.backend).device if device_type in manifest.device_types else None
-        if found is not None and index < len(found.shown):
-            return found.shown[index]
-    return index
+        if found is not None and index < len(found.numbers):
+            return found.numbers[index]
+    return None
 
 
 def _host() -> str:

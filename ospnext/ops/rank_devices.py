@@ -82,6 +82,7 @@ def require_own_devices(device_type: str, timeout: float) -> None:
     """
     tell_devices(device_type, timeout)
     if shared := sharing(device_type, range(dist.get_world_size())):
+        meet("end of the devices", "", None, timeout)  # no rank may leave, and take the store along, before all know
         raise ConfigError(
             f"each rank needs a device of its own, but there are {in_words(shared)}: start no more ranks on a host "
             "(--nproc-per-node) than it has devices, and let each see all of these, or one that no other sees"

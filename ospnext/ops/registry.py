@@ -92,8 +92,8 @@ class Manifest:
 @dataclass(frozen=True)
 class DeviceInfo:
     """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in
-    bytes. `emulation` says what plays the device; empty for hardware. `shown` are the devices of the host that this
-    process sees, as the host numbers them; empty where that is not known, or where it sees all.
+    bytes. `emulation` says what plays the device; empty for hardware. `numbers` are those by which the
+    host knows the devices that this process sees, in the order of their indices here; empty where that is not known.
     """
 
     type: str
@@ -103,7 +103,7 @@ class DeviceInfo:
     capability: Any = None
     versions: dict[str, str] = field(default_factory=dict)
     emulation: str = ""
-    shown: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
