@@ -97,6 +97,17 @@ def test_a_chip_that_torch_npu_does_not_know_is_no_driver_problem():
     assert device._not_started(RuntimeError("aclInit failed"))[0] == "driver"
 
 
+@pytest.mark.parametrize(
+    ("shown", "numbers"),
+    [(None, (0, 1)), ("3,5", (3, 5)), ("3", (3,)), ("3, 5", (3,)), ("3,,5", (3,)), ("3,5,99", (3, 5)), ("", (0, 1))],
+)
+def test_the_host_has_its_own_numbers_of_what_a_process_is_shown(monkeypatch, shown, numbers):
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", shown)
+    assert device._numbers(2) == numbers
+
+
 # ---- children
 
 

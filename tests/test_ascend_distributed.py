@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -64,6 +65,30 @@ def test_what_hccl_is_not_asked(operation, dtype, ranks, codes) -> None:
 def test_ranks_on_other_hosts_need_no_npu_of_this_one() -> None:
     request = CollectiveRequest("npu", torch.float32, "all_gather", 16, elements=8, local_ranks=8)
     assert all(need.met for need in hccl(request, NPUS))
+
+
+@pytest.mark.parametrize(("most", "codes"), [(1, []), (2, ["ranks"])])
+def test_what_ranks_have_told_each_other_decides(most, codes) -> None:
+    """Whether this one sees a single NPU, or all of them."""
+    request = CollectiveRequest("npu", torch.float32, "all_gather", 8, elements=8, ranks_per_device=most)
+    for device in (NPUS, dataclasses.replace(NPUS, count=1)):
+        assert [need.reason.code for need in hccl(request, device) if not need.met] == codes
+
+
+@pytest.mark.parametrize("shown", ["2,5", "3,3"])
+def test_ranks_that_are_each_shown_one_npu(shown: str) -> None:
+    """They get HCCL, unless it is the same one."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = on_host_npu(*launcher, str(SCRIPT.with_name("ascend_shown_ranks.py")), shown)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    apart = shown == "2,5"
+    for number, one in zip(shown.split(","), sorted(found, key=lambda one: one["rank"]), strict=True):
+        assert one["visible"] == 1
+        assert one["device"].startswith(f"npu {number} of ")
+        assert (one["before"], one["sum"]) == ("ascend.host", 3.0)
+        assert one["chosen"] == ("ascend.hccl" if apart else "ascend.host")
+    assert done.stderr.count("got 2 ranks on one NPU") == (0 if apart else 1)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 128])

@@ -49,6 +49,7 @@ ROWS = dataclasses.replace(LINEAR, x_granularity="row", weight_granularity="row"
 ROUND_TRIP = QuantizeRequest("cuda", torch.bfloat16, (75_600, 5120))
 HIDDEN = FusedRequest("cuda", torch.bfloat16, (1, 75_600, 5120))
 NATIVE = NativeAttentionRequest("cuda", torch.bfloat16, 1, 64, 64, 40, 128)
+MESHED = CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 16, 64, ranks_per_device=1)
 NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn_interface")
 
 
@@ -100,19 +101,33 @@ NO_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn.flash_attn
             "cuda.nccl",
         ),
         ("collective", CollectiveRequest("cuda", torch.bfloat16, "all_to_all", 2, 64), AMPERE, (), "cuda.host"),
+        *(
+            ("collective", dataclasses.replace(MESHED, ranks_per_device=most), device, (), chosen)
+            for most, device, chosen in ((1, AMPERE, "cuda.nccl"), (2, AMPERE, "cuda.host"), (2, HOPPER, "cuda.host"))
+        ),
     ],
 )
 def test_what_is_chosen(contract, request_, device, missing, chosen):
     assert decide(contract, request_, device, missing).chosen_id == chosen
 
 
-def test_two_ranks_on_one_gpu_are_told_why_not_nccl():
-    decision = decide("collective", CollectiveRequest("cuda", torch.bfloat16, "all_reduce", 2, 64), AMPERE)
-    (nccl,) = (c for c in decision.candidates if c.id == "cuda.nccl")
-    assert [str(r) for r in nccl.reasons] == [
-        "ranks: got 2 ranks and 1 GPU on this machine, want a GPU for each rank, and each rank seeing all GPUs of its "
-        "host"
-    ]
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (
+            CollectiveRequest("cuda", torch.bfloat16, "all_reduce", 2, 64),
+            "ranks: got 2 ranks, and 1 GPU that this one sees, want a GPU for each rank; if each sees only its own, a "
+            "mesh, for which they tell each other which it is",
+        ),
+        (
+            dataclasses.replace(MESHED, ranks_per_device=2),
+            "ranks: got 2 ranks on one GPU, want one rank on each GPU",
+        ),
+    ],
+)
+def test_ranks_without_a_gpu_each_are_told_why_not_nccl(request_, reason):
+    (nccl,) = (c for c in decide("collective", request_, AMPERE).candidates if c.id == "cuda.nccl")
+    assert [str(r) for r in nccl.reasons] == [reason]
 
 
 PLAIN = {

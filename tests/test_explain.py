@@ -217,6 +217,9 @@ def test_features_with_a_value_reach_the_request(capsys):
         "given_amax": True,
     }
     assert "reduction=max" in command(capsys, "collective", "--feature", "reduction=max")
+    assert "ranks=8 elements=48384000 ranks_per_device=1\n" in command(
+        capsys, "collective", "--feature", "ranks_per_device=1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,14 @@ def test_features_with_a_value_reach_the_request(capsys):
         (["hif8_quantize", "--feature", "scale_max=1e9"], "scale_max=1e9: the value is a number from 2^-22 to 32768"),
         (["hif8_quantize", "--feature", "scale_max=nan"], "scale_max=nan: the value is a number from 2^-22 to 32768"),
         (["hif8_quantize", "--feature", "scale_max=big"], "scale_max=big: the value is a number from 2^-22 to 32768"),
+        *(
+            (
+                ["collective", "--feature", f"local_ranks={word}"],
+                f"local_ranks={word}: the value is a whole number from",
+            )
+            for word in ("0", "-1", "1.5", "all")
+        ),
+        (["collective", "--feature", "local_ranks"], "--feature local_ranks: give it as local_ranks=COUNT"),
         (["hif8_encode", "--feature", "saturate=yes"], "--feature saturate=yes: give it as saturate"),
         (["hif8_decode", "--feature", "backward"], "hif8_decode knows saturate"),
         (

@@ -311,6 +311,12 @@ def test_other_chips_can_be_played(soc: str) -> None:
     assert done.stdout == f"{soc} 2.0\n", done.stderr
 
 
+def test_a_process_sees_the_npus_that_it_is_shown() -> None:
+    """Those before the first that there is not."""
+    code = "import torch; print(torch.npu.device_count())"
+    assert on_host_npu("-c", code, ASCEND_RT_VISIBLE_DEVICES="1,3,8,9").stdout == "2\n"
+
+
 def test_an_unknown_chip_and_a_wrong_order_of_imports_are_errors() -> None:
     done = on_host_npu("-c", "import torch; torch.ones(2, device='npu')", HOST_NPU_SOC="Ascend1")
     assert "Unsupported soc version: Ascend1" in done.stderr

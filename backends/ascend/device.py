@@ -63,6 +63,7 @@ def probe() -> Probe:
                 "cann": npu.utils.get_cann_version() or "unknown",
             },
             played,
+            _numbers(count),
         )
     )
 
@@ -139,6 +140,12 @@ def _release(version: str) -> str:
     """A torch_npu is built for one release of torch; what follows the third number (rc1, post2) is its own."""
     found = _RELEASE.match(version)
     return found[0] if found else version
+
+
+def _numbers(count: int) -> tuple[int, ...]:
+    """What stands behind anything but digits and commas is ignored, as CANN ignores it."""
+    shown = re.match(r"\d+(,\d+)*", os.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
+    return tuple(map(int, shown[0].split(",")))[:count] if shown else tuple(range(count))
 
 
 def _hidden() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ospnext.ops.contract import Need, need
-from ospnext.ops.contracts.collective import CollectiveRequest
+from ospnext.ops.contracts.collective import CollectiveRequest, each_has_a_device
 from ospnext.ops.registry import DeviceInfo
 
 #: As documented for HcclAllReduce and HcclReduceScatter. Later chips reduce fp64 as well, though not between machines.
@@ -17,14 +17,8 @@ _MOVED = (*_REDUCED, torch.float64, torch.uint8, torch.int8, torch.bool)
 
 
 def hccl(request: CollectiveRequest, device: DeviceInfo) -> Iterator[Need]:
-    """HCCL refuses two ranks on one NPU."""
-    here = request.local_ranks or request.ranks
-    yield need(
-        here <= device.count,
-        "ranks",
-        got=f"{here} ranks and {device.count} NPU{'s' if device.count > 1 else ''} on this machine",
-        want="an NPU for each rank, and each rank seeing all NPUs of its host",
-    )
+    """HCCL refuses two ranks on one NPU; each may see its own alone."""
+    yield each_has_a_device(request, device, "NPU")
     if request.operation in ("all_reduce", "reduce_scatter"):
         yield need(request.dtype in _REDUCED, "dtype", got=request.dtype, want="fp32, bf16, fp16 or int16 to int64")
     else:

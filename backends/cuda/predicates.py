@@ -9,7 +9,7 @@ import torch
 
 from ospnext.ops.contract import Need, need
 from ospnext.ops.contracts.attention import AttentionRequest
-from ospnext.ops.contracts.collective import CollectiveRequest
+from ospnext.ops.contracts.collective import CollectiveRequest, each_has_a_device
 from ospnext.ops.contracts.fused import FusedRequest
 from ospnext.ops.contracts.native_attention import NativeAttentionRequest
 from ospnext.ops.contracts.quantize import QuantizeRequest
@@ -94,14 +94,8 @@ def efficient(request: AttentionRequest, device: DeviceInfo) -> Iterator[Need]:
 
 
 def nccl(request: CollectiveRequest, device: DeviceInfo) -> Iterator[Need]:
-    """NCCL refuses two ranks on one GPU."""
-    here = request.local_ranks or request.ranks
-    yield need(
-        here <= device.count,
-        "ranks",
-        got=f"{here} ranks and {device.count} GPU{'s' if device.count > 1 else ''} on this machine",
-        want="a GPU for each rank, and each rank seeing all GPUs of its host",
-    )
+    """NCCL refuses two ranks on one GPU; each may see its own alone."""
+    yield each_has_a_device(request, device, "GPU")
     yield need(request.dtype.itemsize > 1 or request.dtype == torch.uint8, "dtype", got=request.dtype, want="uint8")
 
 

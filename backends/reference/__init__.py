@@ -49,7 +49,7 @@ MANIFEST = Manifest(
             "collective",
             f"{_HERE}.collective:gloo",
             supports=f"{_HERE}.predicates:gloo",
-            handles=frozenset({"uneven", "reduction", "local_ranks"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks", "ranks_per_device"}),
             refusals=(Refusal("dtype", {"dtype": torch.float8_e4m3fn}),),
             note="torch.distributed on the group of the call; gloo on CPUs",
         ),

@@ -35,9 +35,18 @@ const char *aclrtGetSocName(void) {
   const char *name = getenv("HOST_NPU_SOC");
   return name && *name ? name : "Ascend950PR_9599";
 }
+/* ASCEND_RT_VISIBLE_DEVICES lists some of them in ascending order; what stands behind anything else is ignored. */
 int aclrtGetDeviceCount(uint32_t *count) {
-  const char *asked = getenv("HOST_NPU_COUNT");
-  *count = asked && *asked ? (uint32_t)atoi(asked) : 8;
+  const char *asked = getenv("HOST_NPU_COUNT"), *shown = getenv("ASCEND_RT_VISIBLE_DEVICES");
+  const long all = asked && *asked ? atol(asked) : 8;
+  *count = shown ? 0 : (uint32_t)all;
+  for (long last = -1; shown && *shown >= '0' && *shown <= '9'; ++*count) {
+    char *end;
+    const long next = strtol(shown, &end, 10);
+    if (next <= last || next >= all) break;
+    last = next;
+    shown = *end == ',' ? end + 1 : "";
+  }
   return OK;
 }
 int aclrtSetDevice(int id) { device = id; return OK; }

@@ -17,6 +17,7 @@ HELP = """Say which implementation would take a request, and what became of ever
   ospnext explain hif8_quantize --shape 75600,5120 --feature granularity=row --feature scale_mode=pow2
   ospnext explain quantized_attention --tokens 19320
   ospnext explain collective --operation all_to_all --ranks 8 --feature uneven
+  ospnext explain collective --ranks 8 --feature ranks_per_device=1   # in a mesh, each rank on its own device
 
 Nothing is run and no kernel is loaded. Exits with 1 if no implementation takes the request."""
 
@@ -170,19 +171,25 @@ def _features(contract: Any, words: list[str]) -> dict[str, Any]:
 
 
 def _known(kind: Any, name: str) -> str:
-    """How a feature is given: "packed", "scale_mode=amax|pow2", "scale_max=NUMBER"."""
+    """How a feature is given: "packed", "scale_mode=amax|pow2", "scale_max=NUMBER", "local_ranks=COUNT"."""
     from typing import get_args
 
+    if int in get_args(kind):
+        return f"{name}=COUNT"
     return name if kind is bool else f"{name}={'|'.join(get_args(kind)) or 'NUMBER'}"
 
 
 def _value(kind: Any, word: str, value: str) -> Any:
-    """`value` as one of the choices of a Literal, or as a number that HiFloat8 can hold."""
+    """`value` as one of the choices of a Literal, as a count, or as a number that HiFloat8 can hold."""
     from typing import get_args
 
     from ospnext.numerics.hif8 import INFO
 
     choices = get_args(kind)
+    if int in choices:
+        if not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"--feature {word}: the value is a whole number from 1 on")
+        return int(value)
     if choices:
         if value not in choices:
             raise ConfigError(f"--feature {word}: the value is one of {', '.join(choices)}")

@@ -53,12 +53,10 @@ class Ranks:
             print(text, flush=True)
 
     def device(self, device: torch.device) -> torch.device:
-        """The one of this kind that is this rank's."""
+        """The one of this kind that is this rank's, as far as it can tell alone: see `agree`."""
         from ospnext.ops.device import device_of_rank
 
-        if self.launch is None:
-            return device
-        return device_of_rank(device, self.launch.local_rank, self.launch.local_world)
+        return device if self.launch is None else device_of_rank(device, self.launch.local_rank)
 
     def mesh(self, layout: ParallelConfig, device: torch.device, timeout: float, payload: Payload) -> Mesh | None:
         """Of all ranks, made together; None in a process of its own.
@@ -100,13 +98,15 @@ class Ranks:
         raise SystemExit(EXIT_ERROR)
 
     def agree(self, facts: Mapping[str, str], device: torch.device) -> None:
-        """Refuse ranks that differ in `facts`, or in what decides which kernels run. All of them call this in a step of
-        its own.
+        """Refuse ranks that differ in `facts`, or in what decides which kernels run, and two that hold one device. All
+        of them call this in a step of its own.
         """
         if self.launch is not None:
             from ospnext.ops.agreement import check_agreement
+            from ospnext.ops.rank_devices import require_own_devices
 
             check_agreement(None, facts, device_type=device.type, timeout=START_TIMEOUT)
+            require_own_devices(device.type, START_TIMEOUT)
 
     def watched(self, timeout: float) -> AbstractContextManager[Any]:
         """While the block runs, a rank that fails or hangs ends the job, and says why."""

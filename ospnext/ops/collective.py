@@ -22,6 +22,7 @@ from ospnext.ops.collective_watch import watch
 from ospnext.ops.contracts.collective import CONTRACT, CollectiveRequest, Operation
 from ospnext.ops.group_store import meet
 from ospnext.ops.library import Decided
+from ospnext.ops.rank_devices import ranks_per_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -140,7 +141,7 @@ def all_to_all(
         there = partial(all_to_all, send_splits=sent, receive_splits=received, group=group)
         back = partial(all_to_all, send_splits=received, receive_splits=sent, group=group)
         return with_adjoint(x, there, back)
-    kernel = _kernel("all_to_all", x, ranks, uneven=len({*sent, *received}) > 1)
+    kernel = _kernel("all_to_all", x, group, ranks, uneven=len({*sent, *received}) > 1)
     if collective_bytes.counts:
         _count("all_to_all", x, group, ranks, own_rows=sent[rank])
     start = getattr(kernel, "start_all_to_all", None) if async_op else None
@@ -165,7 +166,7 @@ def all_gather(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return _copy(x)
     if wants_gradient(x):
         return with_adjoint(x, partial(all_gather, group=group), partial(reduce_scatter, group=group))
-    kernel = _kernel("all_gather", x, ranks)
+    kernel = _kernel("all_gather", x, group, ranks)
     if collective_bytes.counts:
         _count("all_gather", x, group, ranks)
     return guarded("all_gather", x, group, kernel.all_gather, x, group)
@@ -188,7 +189,7 @@ def reduce_scatter(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return _copy(x)
     if wants_gradient(x):
         return with_adjoint(x, partial(reduce_scatter, group=group), partial(all_gather, group=group))
-    kernel = _kernel("reduce_scatter", x, ranks)
+    kernel = _kernel("reduce_scatter", x, group, ranks)
     if collective_bytes.counts:
         _count("reduce_scatter", x, group, ranks)
     return guarded("reduce_scatter", x, group, kernel.reduce_scatter, x, group)
@@ -213,7 +214,7 @@ def all_reduce(x: Tensor, reduction: str = "sum", group: ProcessGroup | None = N
     if wants_gradient(x):
         total = partial(all_reduce, group=group)
         return with_adjoint(x, total, total)
-    kernel = _kernel("all_reduce", x, ranks, reduction=reduction)
+    kernel = _kernel("all_reduce", x, group, ranks, reduction=reduction)
     if collective_bytes.counts:
         _count("all_reduce", x, group, ranks)
     return guarded("all_reduce", x, group, kernel.all_reduce, x, reduction, group)
@@ -236,7 +237,7 @@ def broadcast(x: Tensor, source: int, group: ProcessGroup | None = None) -> Tens
         return with_adjoint(
             x, partial(broadcast, source=source, group=group), partial(_sum_onto, source=source, group=group)
         )
-    kernel = _kernel("broadcast", x, ranks)
+    kernel = _kernel("broadcast", x, group, ranks)
     if collective_bytes.counts:
         _count("broadcast", x, group, ranks, is_source=rank == source)
     return guarded("broadcast", x, group, kernel.broadcast, x, source, group)
@@ -257,10 +258,20 @@ def barrier(group: ProcessGroup | None = None, *, timeout: float = 600.0) -> Non
 _decided = Decided(CONTRACT)
 
 
-def _kernel(operation: Operation, x: Tensor, ranks: int, **features: Any) -> CollectiveKernel:
+def _kernel(
+    operation: Operation, x: Tensor, group: ProcessGroup | None, ranks: int, **features: Any
+) -> CollectiveKernel:
     """The implementation for a call. The request is all that selection sees, so it is the signature as well."""
-    local = _local_ranks(ranks)
-    request = CollectiveRequest(x.device.type, x.dtype, operation, ranks, x.numel(), local_ranks=local, **features)
+    request = CollectiveRequest(
+        x.device.type,
+        x.dtype,
+        operation,
+        ranks,
+        x.numel(),
+        local_ranks=_local_ranks(ranks),
+        ranks_per_device=ranks_per_device(x.device.type, group),
+        **features,
+    )
     return _decided.get(request) or _decided.decide(request, request)
 
 

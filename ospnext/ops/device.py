@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import resource
+import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ospnext.errors import ConfigError
 from ospnext.ops.policy import AUTO, current_policy
 from ospnext.ops.registry import ANY_DEVICE, registry
 
@@ -44,6 +45,22 @@ class Device:
         if not self.is_cpu:
             self._module.reset_peak_memory_stats(self.device)
 
+    def identity(self) -> str:
+        """What tells this physical device from every other one, those of other hosts included: the same text in each
+        process that holds it, whichever devices that process sees.
+
+        Where a backend knows how the host numbers devices, it is that number and what tells this host from others;
+        else the UUID of the device, or without one its index here.
+        """
+        if self.is_cpu:
+            return f"cpu of {_host()}"
+        index = self._module.current_device() if self.device.index is None else self.device.index
+        number = _number_on_host(self.device.type, index)
+        uuid = str(getattr(self._module.get_device_properties(index), "uuid", ""))
+        if not uuid.strip("0-"):  # a driver that knows none says zeros
+            return f"{self.device.type} {index if number is None else number} of {_host()}"
+        return f"{self.device.type} {uuid}" if number is None else f"{self.device.type} {number} ({uuid}) of {_host()}"
+
     def synchronize(self) -> None:
         """Wait until everything queued on the device is done."""
         if not self.is_cpu:
@@ -65,24 +82,39 @@ def default_device() -> torch.device:
     return torch.device(types[0] if types else "cpu")
 
 
-def device_of_rank(device: torch.device, local_rank: int, local_world: int) -> torch.device:
-    """The device of one of the `local_world` ranks on this host, of the kind of `device`; it becomes the current one.
-    All ranks share the CPU.
+def device_of_rank(device: torch.device, local_rank: int) -> torch.device:
+    """The device of a rank, of the kind of `device`; it becomes the current one. All ranks share the CPU.
 
-    Raises:
-        ConfigError: the host has fewer devices than ranks.
+    A rank that sees fewer devices than there are ranks on its host may have been shown its own only. If it was not,
+    two ranks get the same one: `rank_devices.require_own_devices` finds that out.
     """
     if device.type == "cpu":
         return device
     module: Any = torch.get_device_module(device)
-    if local_world > module.device_count():
-        raise ConfigError(
-            f"{local_world} ranks were started on this host, which has {module.device_count()} devices of type "
-            f"{device.type}, and each rank needs its own: lower --nproc-per-node"
-        )
-    own = torch.device(device.type, local_rank)
+    own = torch.device(device.type, local_rank % module.device_count())
     module.set_device(own)
     return own
+
+
+def _number_on_host(device_type: str, index: int) -> int | None:
+    """How the host numbers the device that this process calls `index`; None where no backend knows."""
+    known = registry()
+    for manifest in known.ordered():
+        found = known.probe(manifest.backend).device if device_type in manifest.device_types else None
+        if found is not None and index < len(found.numbers):
+            return found.numbers[index]
+    return None
+
+
+def _host() -> str:
+    """Containers of one machine may number its devices alike, and then differ in name; machines may have one name, and
+    then differ in when they were started.
+    """
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        started = ""
+    return f"{socket.gethostname()} ({started})" if started else socket.gethostname()
 
 
 def _ram(field: str) -> int:

@@ -92,7 +92,8 @@ class Manifest:
 @dataclass(frozen=True)
 class DeviceInfo:
     """What predicates may know of a device. `capability` is the vendor's (major, minor) or chip name, `memory` is in
-    bytes. `emulation` says what plays the device; empty for hardware.
+    bytes. `emulation` says what plays the device; empty for hardware. `numbers` are those by which the
+    host knows the devices that this process sees, in the order of their indices here; empty where that is not known.
     """
 
     type: str
@@ -102,6 +103,7 @@ class DeviceInfo:
     capability: Any = None
     versions: dict[str, str] = field(default_factory=dict)
     emulation: str = ""
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

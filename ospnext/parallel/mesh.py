@@ -5,6 +5,7 @@ travels is decided by those who are given a group.
 from __future__ import annotations
 
 import datetime
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from ospnext.ops.collective_detour import detour
+from ospnext.ops.rank_devices import tell_devices
 from ospnext.parallel.config import DIMENSIONS, ParallelConfig
 from ospnext.parallel.exchange import Payload
 from ospnext.parallel.groups import SequenceParallel
@@ -52,6 +55,9 @@ class Mesh:
 def make_mesh(config: ParallelConfig, device_type: str, timeout: float, payload: Payload = "plain") -> Mesh:
     """The mesh of all ranks of the job; each of them must call this. The default process group may be of any transport.
 
+    A rank must have made its device the current one: ranks tell each other here which physical device that is. Where
+    those of a sample share one, so that they cannot exchange the way their backend prefers, the first rank warns.
+
     Args:
         timeout: seconds after which a collective of one of the groups fails.
 
@@ -61,7 +67,10 @@ def make_mesh(config: ParallelConfig, device_type: str, timeout: float, payload:
     rank, world = dist.get_rank(), dist.get_world_size()
     if config.world != world:
         raise ValueError(f"{config} is a mesh of {config.world} ranks, the job has {world}")
+    tell_devices(device_type, timeout)
     grid = torch.arange(world, device="cpu").view(config.sizes)
+    if rank == 0 and (said := detour(device_type, grid.flatten(1).tolist())):
+        warnings.warn(said, stacklevel=2)
     place = Place(*(int(i) for i in (grid == rank).nonzero()[0]))
     groups = {name: _group_along(grid, (i,), device_type, timeout) for i, name in enumerate(DIMENSIONS)}
     replica = _group_along(grid, (1, 2, 3), device_type, timeout)

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ospnext.ops.contract import Case, Contract, Through, as_is
+from ospnext.ops.contract import Case, Contract, Need, Through, as_is, need
+from ospnext.ops.registry import DeviceInfo
 
 MEANING = """\
 All of them work along dim 0, and return new contiguous memory, on one rank too; inputs stay as they are.
@@ -53,6 +54,26 @@ class CollectiveRequest:
     reduction: Literal["sum", "max"] = "sum"
     #: Where ranks are on several hosts: how many of them are on this one, at most.
     local_ranks: int | None = None
+    #: How many of them hold the same physical device, at most; None where they have not told each other.
+    ranks_per_device: int | None = None
+
+
+def each_has_a_device(request: CollectiveRequest, device: DeviceInfo, kind: str) -> Need:
+    """Code `ranks`, for a transport that refuses two ranks on one device; `kind` is what its users call one ("GPU").
+
+    What ranks have told each other decides. Where they have not, those of a host must be as many as the devices that
+    this rank sees, which may be fewer than there are.
+    """
+    shared = request.ranks_per_device
+    if shared is not None:
+        return need(shared == 1, "ranks", got=f"{shared} ranks on one {kind}", want=f"one rank on each {kind}")
+    here = request.local_ranks or request.ranks
+    return need(
+        here <= device.count,
+        "ranks",
+        got=f"{here} ranks, and {device.count} {kind}{'s' if device.count > 1 else ''} that this one sees",
+        want=f"a {kind} for each rank; if each sees only its own, a mesh, for which they tell each other which it is",
+    )
 
 
 # ---- cases

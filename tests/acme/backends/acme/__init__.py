@@ -36,7 +36,7 @@ MANIFEST = Manifest(
             "acme.exchange",
             "collective",
             "backends.acme.collective:exchange",
-            handles=frozenset({"uneven", "reduction", "local_ranks"}),
+            handles=frozenset({"uneven", "reduction", "local_ranks", "ranks_per_device"}),
         ),
         Implementation("acme.bits", "hif8_encode", "backends.acme.quantize:encode", handles=frozenset({"saturate"})),
         Implementation("acme.bits", "hif8_decode", "backends.acme.quantize:decode"),
