@@ -3,6 +3,7 @@ alone: whether two ranks hold the same one, they tell each other, once, when the
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ospnext.errors import ConfigError
+from ospnext.errors import CollectiveError, ConfigError
 from ospnext.ops.device import Device
 from ospnext.ops.group_store import group_of, meet, names_of
 
@@ -82,7 +83,8 @@ def require_own_devices(device_type: str, timeout: float) -> None:
     """
     tell_devices(device_type, timeout)
     if shared := sharing(device_type, range(dist.get_world_size())):
-        meet("end of the devices", "", None, timeout)  # no rank may leave, and take the store along, before all know
+        with contextlib.suppress(CollectiveError):  # who has left already, and perhaps taken the store along, knew all
+            meet("end of the devices", "", None, timeout)  # no rank may leave before all know
         raise ConfigError(
             f"each rank needs a device of its own, but there are {in_words(shared)}: start no more ranks on a host "
             "(--nproc-per-node) than it has devices, and let each see all of these, or one that no other sees"
