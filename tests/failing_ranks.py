@@ -134,12 +134,26 @@ def set_up_twice(port):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     collective.barrier(timeout=30)
     dist.destroy_process_group()
+    _forget_addresses(store, rank, ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     if rank == 1:
         time.sleep(1)
     started = time.monotonic()
     collective.barrier(timeout=30)
     return time.monotonic() - started
+
+
+def _forget_addresses(store, rank, ranks):
+    """Else gloo may connect to those that its ranks had before."""
+    store.add("taken down", 1)
+    if rank == 0:
+        while store.add("taken down", 0) < ranks:
+            time.sleep(0.01)
+        for key in store.list_keys():
+            if "cpu" in key:
+                store.delete_key(key)
+        store.set("forgotten", "")
+    store.wait(["forgotten"])
 
 
 def check(facts_by_rank, timeout=30):
