@@ -13,10 +13,8 @@ from torch import Tensor
 from ospnext.errors import CheckpointError, ConfigError
 from ospnext.ops.device import Device
 from ospnext.optional import require
-from ospnext.pipelines.replica import Replica
 from ospnext.pipelines.strict_load import build_and_load, read_json, read_pth, read_safetensors
 from ospnext.pipelines.vae_memory import decode_peak
-from ospnext.pipelines.vae_sharing import decode_shared
 from ospnext.pipelines.vae_tiles import tiles_of_model
 
 # Frames after the first, rows and columns per latent position. The transformer's latent shape is built on them.
@@ -25,10 +23,6 @@ TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
 #: "on": decode in overlapping tiles that are blended, with a fraction of the memory and other pixels near the seams;
 #: "auto": where the whole does not fit.
 Tiling = Literal["auto", "on", "off"]
-
-#: Whether the ranks that make a video divide its tiles. "auto": where it is decoded in tiles anyway, so that this changes
-#: no pixel; "on": and it always is; "off": the first rank decodes alone.
-Parallel = Literal["auto", "on", "off"]
 
 #: Of the tensors' bytes: `decode_peak` does not count the workspace of kernels. On an H200 a decode takes 1.15 to 1.16
 #: times the bytes of its tensors, whole and in tiles (benchmarks/memory_plan.py).
@@ -45,19 +39,6 @@ def tiles(setting: Tiling, *, needed: int, free: int | None) -> bool:
     if setting not in get_args(Tiling):
         raise ConfigError(f"tiling must be one of {', '.join(get_args(Tiling))}; got {setting!r}")
     return setting == "on" or (setting == "auto" and free is not None and needed * WITH_WORKSPACE > free)
-
-
-def may_share(tiling: Tiling, parallel: Parallel, ranks: int) -> bool:
-    """Whether ranks may have to decode together, so that each needs an autoencoder."""
-    return ranks > 1 and tiling != "off" and parallel != "off"
-
-
-def check_parallel(tiling: Tiling, parallel: Parallel, names: tuple[str, str]) -> None:
-    """ConfigError if the settings, which are called `names`, exclude each other."""
-    if parallel == "on" and tiling == "off":
-        raise ConfigError(
-            f"{names[1]}=on divides the tiles of a decode among ranks, and {names[0]}=off makes none: leave one of them out"
-        )
 
 
 class VideoAutoencoder:
@@ -132,15 +113,6 @@ class VideoAutoencoder:
         with self._tiled(self.needs_tiles(latents_BCTHW, tiling)):
             return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
 
-    @torch.no_grad()
-    def decode_shared(self, latents_BCTHW: Tensor, replica: Replica) -> Tensor | None:
-        """As `decode` in tiles, which the ranks of `replica` divide: the same frames on the first of them, and None on
-        the others. All have the same latents. Videos are decoded one after the other, each by all ranks.
-        """
-        videos = (decode_shared(self.model, latents, replica) for latents in self.denormalise(latents_BCTHW).split(1))
-        made = [_in_0_1(video) for video in videos if video is not None]
-        return torch.cat(made) if made else None
-
     def count_tiles(self, latents_BCTHW: Tensor) -> int:
         """Tiles in which `decode` works on these latents, if in any."""
         return sum(map(len, tiles_of_model(self.model, *latents_BCTHW.shape[3:])))
@@ -182,14 +154,14 @@ class VideoAutoencoder:
 
     def _decode_one(self, latents_1CTHW: Tensor) -> Tensor:
         (video_1CTHW,) = self.model.decode(latents_1CTHW, return_dict=False)
-        return _in_0_1(video_1CTHW)
+        return in_0_1(video_1CTHW)
 
     def save(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
 
 
-def _in_0_1(video_1CTHW: Tensor) -> Tensor:
-    """Frames [1, T, H, W, C] of what a decoder gives, in -1..1."""
+def in_0_1(video_1CTHW: Tensor) -> Tensor:
+    """Frames fp32 [1, T, H, W, C] of what a decoder gives, in -1..1."""
     return (video_1CTHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
 
 
