@@ -61,7 +61,7 @@ class VaeConfig:
 
     def __post_init__(self) -> None:
         if self.parallel == "on" and self.tiling == "off":
-            raise ConfigError("vae.parallel=on divides tiles among ranks, and vae.tiling=off makes none; change one")
+            raise ConfigError("vae.parallel=on divides tiles among ranks, vae.tiling=off makes none; change one")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ospnext.diffusion import SOLVERS, BatchedGuidance, FlowMatchSchedule, make_
 from ospnext.errors import ConfigError, OSPNextError
 from ospnext.models.parallelize import share_samples
 from ospnext.optional import require
-from ospnext.pipelines import storage
+from ospnext.pipelines import storage, vae_sharing
 from ospnext.pipelines.branches import Branches, batched
 from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 from ospnext.pipelines.output import OSPNextPipelineOutput, OutputType, format_frames
@@ -30,7 +30,7 @@ from ospnext.pipelines.request import (
 )
 from ospnext.pipelines.text_encoder import TextEncoder
 from ospnext.pipelines.vae import Tiling, VideoAutoencoder
-from ospnext.pipelines.vae_sharing import Parallel, decode
+from ospnext.pipelines.vae_sharing import Parallel
 
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer
@@ -268,16 +268,12 @@ class OSPNextPipeline:
                 listing = ", ".join(get_args(choices))
                 raise ConfigError(f"{name} must be one of {listing}; got {getattr(self, name)!r}")
         if self.vae_parallel == "on" and self.vae_tiling == "off":
-            raise ConfigError(
-                "vae_parallel='on' divides tiles among ranks, and vae_tiling='off' makes none; change one"
-            )
+            raise ConfigError("vae_parallel='on' divides tiles among ranks, vae_tiling='off' makes none; change one")
 
     def _require_parts(self, texts: Sequence[TextRequest | None], *, decode: bool) -> None:
         if not self._replica.leads:
             if self.vae is None and decode and self.vae_parallel == "on":
-                raise ConfigError(
-                    "this rank has no autoencoder: with vae_parallel='on' every rank of a replica needs one"
-                )
+                raise ConfigError("this rank has no autoencoder, and vae_parallel='on' needs one on each: load it")
             return
         if self.text_encoder is None and any(text is not None and text.prompts is not None for text in texts):
             raise ConfigError(
@@ -370,7 +366,7 @@ class OSPNextPipeline:
                 "the latents are not finite after sampling: a kernel or a number format overflowed. Try bfloat16 or "
                 "float32, or OSPNEXT_BACKEND=reference; 'ospnext explain' says which kernel serves what"
             )
-        frames_BTHWC, decided = decode(
+        frames_BTHWC, decided = vae_sharing.decode(
             self.vae, latents_BCTHW, self._replica, tiling=self.vae_tiling, parallel=self.vae_parallel
         )
         self.decided |= decided

@@ -49,7 +49,7 @@ def shared_peaks(
     frames, height, width = latent
     tiles, frame_bytes = tiles_of(height, width), _values(frames) * dtype.itemsize
     whole, shared = tiles[0][0], shares(tiles, ranks)
-    # The frames of a rank's tiles have their place from the beginning, and decoding one does not grow with their number.
+    # The frames of a rank's tiles have their place from the beginning; decoding one does not grow with their number.
     passing = _watch(_frozen(config), (min(frames, _FRAMES), whole.height, whole.width), dtype, as_tile=True)
     first, *others = [
         positions(share) * frame_bytes + max((passing * tile.area // whole.area for tile in share), default=0)

@@ -1,5 +1,5 @@
-"""Decoding by the ranks that make a video: whether they divide it, and how. Each decodes tiles of it, and the first joins
-them, with the bits of one process that decodes in tiles.
+"""Decoding by the ranks that make a video: whether they divide it, and how. Each decodes tiles of it, and the first
+joins them, with the bits of one process that decodes in tiles.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ospnext.pipelines.replica import Replica
 from ospnext.pipelines.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, Tiling, VideoAutoencoder, in_0_1
 from ospnext.pipelines.vae_tiles import decode_tile, join_tiles, positions, shares, tiles_of_model, unpacked
 
-#: "auto": ranks divide the tiles of a video that is decoded in tiles anyway, so that no pixel depends on them; "on": every
-#: video is decoded in tiles, by any number of ranks; "off": the first rank decodes alone.
+#: "auto": ranks divide the tiles of a video that is decoded in tiles anyway, so that no pixel depends on them; "on":
+#: every video is decoded in tiles, by any number of ranks; "off": the first rank decodes alone.
 Parallel = Literal["auto", "on", "off"]
 
 
@@ -45,8 +45,8 @@ def decode(
 
 @torch.no_grad()
 def decode_shared(vae: VideoAutoencoder, latents_BCTHW: Tensor, replica: Replica) -> Tensor | None:
-    """`VideoAutoencoder.decode` in tiles, by all ranks of `replica`: the frames on the first, None on the others. Videos
-    are decoded one after the other, each by all ranks.
+    """`VideoAutoencoder.decode` in tiles, by all ranks of `replica`: the frames on the first, None on the others. One
+    video is decoded after the other, each by all ranks.
     """
     videos = (_decode_one(vae.model, latents, replica) for latents in vae.denormalise(latents_BCTHW).split(1))
     made = [in_0_1(video) for video in videos if video is not None]

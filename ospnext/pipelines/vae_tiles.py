@@ -1,5 +1,5 @@
-"""The tiles of a decode, to be divided among ranks: which there are, who decodes which, one decoded, and all joined. Tiles,
-decoder and blending are those of diffusers' `AutoencoderKLWan.tiled_decode`; how tiles travel is not known here.
+"""The tiles of a decode, to be divided among ranks: which there are, who decodes which, one decoded, and all joined.
+Tiles, decoder and blending are those of diffusers' `AutoencoderKLWan.tiled_decode`. How tiles travel is not known here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def positions(tiles: Sequence[Tile]) -> int:
 
 
 def decode_tile(model: Any, latents_1CTHW: Tensor, tile: Tile, frames_1CTHW: Tensor) -> None:
-    """Decode the latents of one tile, of a whole denormalised video, into `frames_1CTHW`, as they are before blending."""
+    """Decode one tile of a denormalised video [1, C, T, h, w] into `frames_1CTHW`, as it is before blending."""
     rows, columns = slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
     # What each causal convolution has seen, filled in the order in which they are called.
     caches: list[Any] = [None] * sum(1 for _ in model.decoder.modules())
@@ -82,8 +82,8 @@ def decode_tile(model: Any, latents_1CTHW: Tensor, tile: Tile, frames_1CTHW: Ten
 
 
 def unpacked(packed: Tensor, tiles: Sequence[Tile], frames: int) -> dict[Tile, Tensor]:
-    """Views [1, 3, frames, H, W] of the pixels of each tile in `packed`, which holds them one tile after the other: a row
-    for each latent position, of as many values as one becomes.
+    """Views [1, 3, frames, H, W] of each tile in `packed`, which holds one tile after the other: a row for each latent
+    position, of as many values as it becomes.
     """
     side = math.isqrt(packed.shape[1] // (3 * frames))
     parts = packed.split([tile.area for tile in tiles])
