@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from parallel_pipelines import GUIDANCE, TIMEOUT, VIDEO, pipeline
 from torch import Tensor
 
-from ospnext.ops.collective import count_bytes
+from ospnext.ops.collective import count_bytes, watch
 from ospnext.ops.device import Device
 from ospnext.parallel.config import ParallelConfig
 from ospnext.parallel.mesh import make_mesh
@@ -84,6 +84,20 @@ def decoded(case: Latents, expected: Tensor, replica: Replica) -> dict[str, Any]
         "sent": counted.total_bytes(),
         "tiles": [tile.area for row in tiles_of_model(vae.model, *latents.shape[3:]) for tile in row],
     }
+
+
+def broken_on_the_last(timeout: float) -> None:
+    """Under watch, as a command runs: a rank fails before it has sent anything."""
+    with watch(timeout):
+        replica = Replica(make_mesh(ParallelConfig(ulysses=dist.get_world_size()), "cpu", timeout))
+        vae = autoencoder()
+        if replica.rank == replica.ranks - 1:
+            vae.model.decoder.forward = out_of_memory
+        decode_shared(vae, LATENTS[0].drawn(), replica)
+
+
+def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
+    raise RuntimeError("no room for a tile")
 
 
 # ---- pipelines

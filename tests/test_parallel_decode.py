@@ -1,16 +1,22 @@
-"""Ranks that share a decode make the frames of one process that decodes in tiles; what fits in one piece is not shared."""
+"""Ranks that share a decode make the frames of one process that decodes in tiles, and share nothing that fits whole."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from parallel_decodes import LATENTS, PIPELINES, WORLDS
-from test_parallel_generate import ENVIRONMENT
+from parallel_decodes import LATENTS, PIPELINES, WORLDS, broken_on_the_last
+from rank_processes import run_ranks
+from test_parallel_generate import ENVIRONMENT, SMALL, torchrun
+
+from ospnext.cli import main
+from ospnext.generation.manifest import read_manifest, sha256_of
+from ospnext.pipelines import write_random_checkpoint
 
 SCRIPT = Path(__file__).with_name("parallel_decodes.py")
 RUNS = [(world, layout, way) for world, runs in PIPELINES.items() for layout, way in runs]
@@ -64,3 +70,27 @@ def test_pipelines(of_ranks, world, layout, way):
         assert found["decided"]["shared"] == way.shared
         if found["leads"] or way.shared:
             assert found["decided"]["tiled"] == (way.expected == "tiles")
+
+
+def test_a_rank_that_fails_in_its_tiles_ends_all():
+    first, last = run_ranks(broken_on_the_last, 2, 60.0, timeout=60.0, limit=240.0)  # each imports diffusers first
+    assert first.exit_code not in (0, None) and last.exit_code == 1
+    assert last.stderr.rstrip().endswith("RuntimeError: no room for a tile")
+    assert "rank 1: RuntimeError: no room for a tile" in first.stderr
+
+
+def test_torchrun_makes_the_file_of_one_process(tmp_path, capfd):
+    """In two tiles, by ranks that have a branch of guidance each."""
+    write_random_checkpoint(tmp_path / "model", preset="tiny", seed=0)
+    given = ["a fox", "--model", tmp_path / "model", *SMALL, "video.width=272"]
+    given += ["vae.tiling=on", "sampling.batched_guidance=off"]
+    assert main(["generate", *map(str, given), "--output", str(tmp_path / "one")]) == 0
+    command = torchrun(2, *given, "--output", tmp_path / "ranks")
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(os.listdir(tmp_path / "ranks")) == ["config.yaml", "manifest.jsonl", "video_0.mp4"]
+    one, shared = (read_manifest(tmp_path / folder)["video_0.mp4"] for folder in ("one", "ranks"))
+    assert one["sha256"] == shared["sha256"] == sha256_of(tmp_path / "ranks" / "video_0.mp4")
+    assert (one["execution"]["tiled"], one["execution"]["shared"]) == (True, False)
+    assert (shared["execution"]["tiled"], shared["execution"]["shared"]) == (True, True)
+    assert shared["execution"]["ranks"]["cfg"] == 2
