@@ -162,6 +162,7 @@ def test_mistakes_are_found_before_diffusers_or_transformers_is_imported(tmp_pat
         "compile must be one of off, blocks, max, found 'fast'": [*good, "compile=fast"],
         "sampling.batched_guidance must be one of auto, on, off": [*good, "sampling.batched_guidance=yes"],
         "vae.tiling must be one of auto, on, off": [*good, "vae.tiling=true"],
+        "vae.tiling=off makes none; change one": [*good, "vae.tiling=off", "vae.parallel=on"],
         "--report-quant looks into layers": [*good, "quant=hif8", "--report-quant", "compile=blocks"],
     }
     code = (
@@ -210,7 +211,8 @@ def test_a_run_passes_on_every_setting_and_records_it(fake, prompts, tmp_path, c
         # Two steps with shift 5: sigmas 1, 5 * 0.5 / (1 + 4 * 0.5) and 0, as little-endian fp32.
         assert row["sigmas_sha256"] == hashlib.sha256(np.array([1, 2.5 / 3, 0], "<f4").tobytes()).hexdigest()
         assert row["backend"]["device"] == "cpu"
-        assert row["execution"] == {"compile": "off", "batched_guidance": "auto", "vae_tiling": "on", **fake.decided}
+        how = {"compile": "off", "batched_guidance": "auto", "vae_tiling": "on", "vae_parallel": "auto"}
+        assert row["execution"] == how | fake.decided
     assert fake.calls[0]["negative_prompt"] == ""
     assert fake.calls[1]["negative_prompt"].startswith("色调艳丽")
     lines = capsys.readouterr().out.splitlines()
@@ -262,9 +264,10 @@ def test_the_ways_to_run_reach_the_pipeline(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(
         videos, "make_video", lambda run, job, pipeline, device, mesh: found.update(vars(pipeline)) or {"seconds": 0}
     )
-    settings = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on"]
+    settings = ["compile=blocks", "sampling.batched_guidance=off", "vae.tiling=on", "vae.parallel=off"]
     assert generate("fox", "--model", checkpoint, "--output", tmp_path / "out", *SMALL, *settings) == 0
-    assert (found["batched_guidance"], found["vae_tiling"], found["_compiled"].mode) == ("off", "on", "blocks")
+    assert (found["batched_guidance"], found["vae_tiling"], found["vae_parallel"]) == ("off", "on", "off")
+    assert found["_compiled"].mode == "blocks"
 
 
 class AsIfFirst(Ranks):

@@ -281,7 +281,7 @@ def plan_of(model: Path, *, ranks=ALONE, local=None, prompts=None, **settings):
 
 def test_the_plan_says_what_the_pipeline_will_do(checkpoint, monkeypatch):
     (size,) = plan_of(checkpoint).sizes
-    assert (size.needs.batched, size.needs.tiled) == (True, False)  # few tokens and much memory
+    assert (size.needs.batched, size.needs.decode.tiled) == (True, False)  # few tokens and much memory
     assert size.memory["activations"] == sum(size.needs.activations.values())
     text = plan_of(checkpoint).text()
     assert "activations, both branches of guidance in one forward\n" in text
@@ -301,15 +301,15 @@ def test_the_plan_tiles_what_does_not_fit(checkpoint, monkeypatch):
     assert plan_of(checkpoint, video=video, vae=VaeConfig("on")).sizes[0].memory["VAE decode"] < whole / 2
     monkeypatch.setattr("ospnext.generation.plan.Device.free_memory", lambda self: whole)
     plan = plan_of(checkpoint, video=video)
-    assert plan.sizes[0].needs.tiled and "VAE decode, in tiles" in plan.text()
-    assert not plan_of(checkpoint, video=video, vae=VaeConfig("off")).sizes[0].needs.tiled
+    assert plan.sizes[0].needs.decode.tiled and "VAE decode, in tiles" in plan.text()
+    assert not plan_of(checkpoint, video=video, vae=VaeConfig("off")).sizes[0].needs.decode.tiled
 
 
 def test_the_plan_where_free_memory_is_unknown(checkpoint, monkeypatch):
     assert ": fits" in plan_of(checkpoint).text()
     monkeypatch.setattr("ospnext.generation.plan.Device.free_memory", lambda self: None)
     plan = plan_of(checkpoint)
-    assert (plan.sizes[0].needs.batched, plan.sizes[0].needs.tiled) == (False, False)
+    assert (plan.sizes[0].needs.batched, plan.sizes[0].needs.decode.tiled) == (False, False)
     assert plan.text().endswith("free on cpu: unknown")
 
 

@@ -316,10 +316,10 @@ def test_what_was_decided_is_known(sparse, monkeypatch):
         monkeypatch.setattr(sparse, "batched_guidance", setting)
         monkeypatch.setattr(sparse, "vae_tiling", setting)
         sparse(PROMPTS[0], **SIZE, num_inference_steps=1)
-        assert sparse.decided == {"batched": setting == "on", "tiled": setting == "on"}
+        assert sparse.decided == {"batched": setting == "on", "tiled": setting == "on", "shared": False}
 
 
-@pytest.mark.parametrize("name", ["batched_guidance", "vae_tiling", "compile"])
+@pytest.mark.parametrize("name", ["batched_guidance", "vae_tiling", "vae_parallel", "compile"])
 def test_an_unknown_way_to_run_lists_the_known(checkpoint, sparse, monkeypatch, name):
     expected = "off, blocks, max; got 'fast'" if name == "compile" else "auto, on, off; got 'fast'"
     with pytest.raises(ConfigError, match=f"{name} must be one of {expected}"):

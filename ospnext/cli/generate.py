@@ -51,7 +51,8 @@ compile=blocks compiles the transformer's blocks at the first video of each size
 says how. Tiling changes pixels near seams, the others mostly roundings; --resume may change all three.
 
 On several devices, each process of torchrun takes one; they divide the branches of guidance (parallel.cfg), the tokens
-of a video (parallel.ssp, parallel.ulysses) and videos (parallel.dp), by themselves unless sizes are given:
+of a video (parallel.ssp, parallel.ulysses) and videos (parallel.dp), by themselves unless sizes are given, and the
+tiles of a decode unless vae.parallel=off:
   torchrun --nproc-per-node 8 -m ospnext generate "a red fox in snow" --model DIR parallel.dp=2"""
 
 OPTIONS = ("model", "output", "prompts", "seed", "backend")  # each sets the key of its name

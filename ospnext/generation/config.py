@@ -51,9 +51,17 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """`tiling` "on" decodes in tiles that are blended, which takes less memory; "auto" where the whole does not fit."""
+    """`tiling` "on" decodes in tiles that are blended, which takes less memory; "auto" where the whole does not fit.
+    `parallel` "auto" divides tiles, where there are any, among the ranks that make a video; "on" always decodes in
+    tiles, for any number of ranks; "off" leaves all to the first rank.
+    """
 
     tiling: Literal["auto", "on", "off"] = "auto"
+    parallel: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.parallel == "on" and self.tiling == "off":
+            raise ConfigError("vae.parallel=on divides tiles among ranks, vae.tiling=off makes none; change one")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ from ospnext.pipelines.branches import block_flops
 from ospnext.pipelines.layout import Layout
 from ospnext.pipelines.strict_load import read_json
 from ospnext.pipelines.vae import tiles, with_workspace
-from ospnext.pipelines.vae_memory import decode_peak
+from ospnext.pipelines.vae_memory import decode_peak, shared_peaks
+from ospnext.pipelines.vae_sharing import may_share
+from ospnext.pipelines.vae_tiles import tiles_of
 from ospnext.sparse import Grid
 
 #: Weights are loaded as they are and become codes on the device: what is freed again before the first video.
@@ -42,9 +44,6 @@ WHILE_LOADING = "weights, until they are codes"
 ACTIVATIONS, DECODE = "activations", "VAE decode"
 TEXT_ENCODER, VAE_WEIGHTS = "text encoder", "VAE weights"
 EXCHANGE = "q, k and v while they are exchanged"
-
-#: What only the first rank of those that make a video has.
-OF_THE_FIRST = frozenset({TEXT_ENCODER, VAE_WEIGHTS, DECODE})
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,29 @@ class Known:
 
 
 @dataclass(frozen=True)
+class DecodePlan:
+    """Bytes of a decode on the first rank of those that make a video and, at most, on another of them; whether it is in
+    tiles, and how many ranks have some of these.
+    """
+
+    first: int
+    other: int = 0
+    tiled: bool = False
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part. `activations` is what that part is made of at the worst moment of a denoising step."""
+    """Bytes by part, on the first rank of those that make a video and on another of them. `activations` is what that
+    part is made of at the worst moment of a denoising step.
+    """
 
     parts: dict[str, int]
+    others: dict[str, int]
     activations: dict[str, int]
-    #: Whether both branches of guidance share a forward, and whether the autoencoder works on tiles.
+    #: Whether both branches of guidance share a forward.
     batched: bool
-    tiled: bool
+    decode: DecodePlan
 
     @property
     def peak(self) -> int:
@@ -87,12 +101,20 @@ class MemoryPlan:
     @property
     def peak_of_others(self) -> int:
         """Of a rank that helps to make a video and is not the first of those that do."""
-        return _peak({name: amount for name, amount in self.parts.items() if name not in OF_THE_FIRST})
+        return _peak(self.others)
 
     def remark(self, part: str) -> str:
         if part == ACTIVATIONS and self.batched:
             return ", both branches of guidance in one forward"
-        return ", in tiles" if part == DECODE and self.tiled else ""
+        if part == DECODE and self.decode.ranks > 1:
+            return f", in tiles divided among {self.decode.ranks} ranks"
+        return ", in tiles" if part == DECODE and self.decode.tiled else ""
+
+    def within(self, part: str) -> dict[str, int]:
+        """What more there is to say of a part."""
+        if part == DECODE and self.decode.ranks > 1:
+            return {"on another of them, at most": self.decode.other}
+        return self.activations if part == ACTIVATIONS else {}
 
 
 def _peak(parts: dict[str, int]) -> int:
@@ -102,8 +124,8 @@ def _peak(parts: dict[str, int]) -> int:
 
 
 def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
-    """For videos whose token grid is `grid`, on the first rank of those that make one: it has the text encoder and the
-    autoencoder. Reads the headers and configs of the checkpoint only.
+    """For videos whose token grid is `grid`. Of the ranks that make one, the first has the text encoder and decodes;
+    the others have an autoencoder if they may have to help. Reads the headers and configs of the checkpoint only.
     """
     config, dtype, held = known.report.config, known.report.dtype, _held(known, grid)
     staying = {
@@ -115,9 +137,11 @@ def plan_memory(known: Known, layout: Layout, grid: Grid) -> MemoryPlan:
     left = None if known.free is None else known.free - kept
     batched = known.rank_branches > 1 and _batched(known, grid, left)
     activations = _activations(known, grid, batched)
-    decode, tiled = _decode(known, layout.vae, grid, left)
-    parts = {**staying, ACTIVATIONS: sum(activations.values()), DECODE: decode}
-    return MemoryPlan(parts, activations, batched, tiled)
+    decode = _decode(known, layout.vae, grid, left)
+    parts = {**staying, ACTIVATIONS: sum(activations.values()), DECODE: decode.first}
+    absent = {TEXT_ENCODER} if _may_share(known) else {TEXT_ENCODER, VAE_WEIGHTS}
+    others = {name: amount for name, amount in parts.items() if name not in absent} | {DECODE: decode.other}
+    return MemoryPlan(parts, others, activations, batched, decode)
 
 
 def _held(known: Known, grid: Grid) -> Grid:
@@ -192,12 +216,21 @@ def fused_operators(
     return found
 
 
-def _decode(known: Known, vae: Path, grid: Grid, free: int | None) -> tuple[int, bool]:
-    """(bytes, whether in tiles) of a decode, as the pipeline decides it once sampling is done."""
+def _decode(known: Known, vae: Path, grid: Grid, free: int | None) -> DecodePlan:
+    """As the pipeline decides it once sampling is done."""
     config = read_json(vae / "config.json") if vae.is_dir() else {}  # an official file holds Wan's own, the default
     _, patch_h, patch_w = known.report.config.patch_size
     latent, dtype = (grid[0], patch_h * grid[1], patch_w * grid[2]), getattr(torch, known.config.vae_dtype)
-    whole = decode_peak(config, latent, dtype)
-    if tiles(known.config.vae.tiling, needed=whole, free=free):
-        return with_workspace(decode_peak(config, latent, dtype, tiled=True), known.device), True
-    return with_workspace(whole, known.device), False
+    whole, ranks = decode_peak(config, latent, dtype), known.parallel.replica
+    asked = known.config.vae
+    if not tiles("on" if asked.parallel == "on" else asked.tiling, needed=whole, free=free):
+        return DecodePlan(with_workspace(whole, known.device))
+    helping = min(ranks, sum(map(len, tiles_of(*latent[1:])))) if _may_share(known) else 1
+    if helping == 1:
+        return DecodePlan(with_workspace(decode_peak(config, latent, dtype, tiled=True), known.device), tiled=True)
+    first, *others = shared_peaks(config, latent, dtype, ranks)
+    return DecodePlan(with_workspace(first, known.device), with_workspace(max(others), known.device), True, helping)
+
+
+def _may_share(known: Known) -> bool:
+    return may_share(known.config.vae.tiling, known.config.vae.parallel, known.parallel.replica)

@@ -13,7 +13,7 @@ import torch
 from ospnext.generation import quant_plan
 from ospnext.generation.config import VideoConfig
 from ospnext.generation.jobs import Run, VideoJob
-from ospnext.generation.memory import ACTIVATIONS, Known, MemoryPlan, plan_memory
+from ospnext.generation.memory import Known, MemoryPlan, plan_memory
 from ospnext.generation.parallel import idle_replicas, token_grid
 from ospnext.generation.quantization import quant_policy
 from ospnext.generation.videos import transformer_overrides
@@ -246,8 +246,7 @@ def _size_lines(size: SizePlan) -> list[str]:
 def _memory_lines(needs: MemoryPlan) -> Iterator[str]:
     for name, amount in needs.parts.items():
         yield f"  memory      {_gib(amount):>10}  {name}{needs.remark(name)}"
-        if name == ACTIVATIONS:
-            yield from (f"  {_gib(part):>26}  {what}" for what, part in needs.activations.items())
+        yield from (f"  {_gib(part):>26}  {what}" for what, part in needs.within(name).items())
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:

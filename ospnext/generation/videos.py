@@ -30,6 +30,7 @@ from ospnext.optional import require
 from ospnext.pipelines.layout import detect_layout
 from ospnext.pipelines.output import OSPNextPipelineOutput
 from ospnext.pipelines.text_to_video import OSPNextPipeline
+from ospnext.pipelines.vae_sharing import may_share
 from ospnext.pipelines.video import to_uint8, write_mp4
 from ospnext.version import __version__
 
@@ -60,9 +61,11 @@ def check_quant_report(run: Run) -> None:
 
 def load_pipeline(run: Run, device: torch.device, mesh: Mesh | None = None) -> OSPNextPipeline:
     """The checkpoint's pipeline on `device`, with the configured dtypes, quantization, transformer overrides, schedule
-    and solver. A rank of a mesh shares its videos, and loads text encoder and autoencoder only if it leads.
+    and solver. A rank of a mesh shares its videos; it loads the text encoder only if it leads, and the autoencoder if
+    it may have to decode.
     """
     config = run.config
+    decodes = mesh is None or mesh.leads or may_share(config.vae.tiling, config.vae.parallel, mesh.config.replica)
     leading = mesh is None or mesh.leads
     pipeline = OSPNextPipeline.from_pretrained(
         run.model,
@@ -70,13 +73,14 @@ def load_pipeline(run: Run, device: torch.device, mesh: Mesh | None = None) -> O
         vae_dtype=getattr(torch, config.vae_dtype),
         device=device,
         text_encoder=... if leading else None,
-        vae=... if leading else None,
+        vae=... if decodes else None,
         transformer_overrides=transformer_overrides(config),
         timestep_rounding=config.transformer.timestep_rounding,
         quant=quant_policy(config),
         compile=config.compile,
         batched_guidance=config.sampling.batched_guidance,
         vae_tiling=config.vae.tiling,
+        vae_parallel=config.vae.parallel,
     )
     pipeline.schedule = configured_schedule(pipeline.schedule, config.scheduler)
     pipeline.solver = config.scheduler.solver or pipeline.solver
@@ -107,7 +111,7 @@ def make_video(
 ) -> dict[str, Any] | None:
     """Sample and encode one video, add its manifest entry, and only then give the file its name. Returns the entry.
 
-    Ranks of a mesh that do not lead take part in sampling, write nothing and return None.
+    Ranks of a mesh that do not lead take part in sampling and perhaps decoding, write nothing and return None.
     """
     started = time.perf_counter()
     sampling = run.config.sampling
@@ -150,6 +154,7 @@ def _execution_record(config: GenerateConfig, pipeline: OSPNextPipeline, mesh: M
         "compile": config.compile,
         "batched_guidance": config.sampling.batched_guidance,
         "vae_tiling": config.vae.tiling,
+        "vae_parallel": config.vae.parallel,
         **pipeline.decided,
         **({} if mesh is None else {"ranks": dataclasses.asdict(mesh.config)}),
     }

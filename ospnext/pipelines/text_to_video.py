@@ -14,7 +14,7 @@ from ospnext.diffusion import SOLVERS, BatchedGuidance, FlowMatchSchedule, make_
 from ospnext.errors import ConfigError, OSPNextError
 from ospnext.models.parallelize import share_samples
 from ospnext.optional import require
-from ospnext.pipelines import storage
+from ospnext.pipelines import storage, vae_sharing
 from ospnext.pipelines.branches import Branches, batched
 from ospnext.pipelines.compile import CompiledTransformer, CompileMode
 from ospnext.pipelines.output import OSPNextPipelineOutput, OutputType, format_frames
@@ -30,6 +30,7 @@ from ospnext.pipelines.request import (
 )
 from ospnext.pipelines.text_encoder import TextEncoder
 from ospnext.pipelines.vae import Tiling, VideoAutoencoder
+from ospnext.pipelines.vae_sharing import Parallel
 
 if TYPE_CHECKING:
     from ospnext.models import OSPNextTransformer
@@ -48,7 +49,9 @@ class OSPNextPipeline:
     How it runs may be assigned too: `compile` "blocks" or "max" compiles the transformer, in place, at the first call
     for each size; `batched_guidance` "on" runs both branches of guidance in one forward, "auto" does where that is
     faster and changes roundings only; `vae_tiling` "on" decodes in tiles that are blended, with other pixels near the
-    seams, "auto" does where memory would not hold the whole. `decided` says what the last call did: "batched", "tiled".
+    seams, "auto" does where memory would not hold the whole; `vae_parallel` "auto" divides tiles, where there are any,
+    among the ranks that `share` a video, "on" always decodes in tiles and divides them, "off" leaves all to the first.
+    `decided` says what the last call did: "batched", "tiled", "shared" (the decode).
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class OSPNextPipeline:
         compile: CompileMode = "off",
         batched_guidance: BatchedGuidance = "auto",
         vae_tiling: Tiling = "auto",
+        vae_parallel: Parallel = "auto",
     ) -> None:
         storage.check_fit(transformer.config, text_encoder, vae)
         if solver not in SOLVERS:
@@ -71,7 +75,7 @@ class OSPNextPipeline:
         self.vae = vae
         self.schedule = schedule or FlowMatchSchedule()
         self.solver = solver
-        self.batched_guidance, self.vae_tiling = batched_guidance, vae_tiling
+        self.batched_guidance, self.vae_tiling, self.vae_parallel = batched_guidance, vae_tiling, vae_parallel
         self._require_choices()
         self._compiled = CompiledTransformer(transformer, compile)
         self._replica = Replica()
@@ -96,6 +100,7 @@ class OSPNextPipeline:
         compile: CompileMode = "off",
         batched_guidance: BatchedGuidance = "auto",
         vae_tiling: Tiling = "auto",
+        vae_parallel: Parallel = "auto",
     ) -> OSPNextPipeline:
         """Load a local checkpoint in diffusers' layout or in that of an official Wan download.
 
@@ -116,7 +121,13 @@ class OSPNextPipeline:
             timestep_rounding=timestep_rounding,
             quant=quant,
         )
-        return cls(**parts, compile=compile, batched_guidance=batched_guidance, vae_tiling=vae_tiling)
+        return cls(
+            **parts,
+            compile=compile,
+            batched_guidance=batched_guidance,
+            vae_tiling=vae_tiling,
+            vae_parallel=vae_parallel,
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write diffusers' layout; `diffusers.WanPipeline.from_pretrained` opens it too (a sparse one as dense).
@@ -139,8 +150,9 @@ class OSPNextPipeline:
         """Make videos together with the other ranks of a replica of `mesh`; None makes this pipeline work alone again.
 
         All of them then make the same calls with the same arguments. The first encodes text, gives the others text and
-        noise, and decodes: the others need neither text encoder nor autoencoder, and get `frames=None`, or the latents
-        if these are asked for. Callbacks run on all ranks and must do the same on each.
+        noise, and gets the frames: the others need no text encoder, and get `frames=None`, or the latents if these are
+        asked for. Tiles of the decode are divided if every rank has an autoencoder (see `vae_parallel`); one without
+        makes the first decode alone. Callbacks run on all ranks and must do the same on each.
 
         Raises:
             ConfigError: the transformer is compiled, or quantizes in a form that ranks cannot share.
@@ -245,17 +257,23 @@ class OSPNextPipeline:
         )  # fmt: skip
         frames: Any = x_BCTHW
         if output_type != "latent":
-            frames = format_frames(self._decode(x_BCTHW), output_type) if self._replica.leads else None
+            decoded = self._decode(x_BCTHW)
+            frames = None if decoded is None else format_frames(decoded, output_type)
         return OSPNextPipelineOutput(frames) if return_dict else (frames,)
 
     def _require_choices(self) -> None:
-        for name, choices in (("batched_guidance", BatchedGuidance), ("vae_tiling", Tiling)):
+        known = {"batched_guidance": BatchedGuidance, "vae_tiling": Tiling, "vae_parallel": Parallel}
+        for name, choices in known.items():
             if getattr(self, name) not in get_args(choices):
                 listing = ", ".join(get_args(choices))
                 raise ConfigError(f"{name} must be one of {listing}; got {getattr(self, name)!r}")
+        if self.vae_parallel == "on" and self.vae_tiling == "off":
+            raise ConfigError("vae_parallel='on' divides tiles among ranks, vae_tiling='off' makes none; change one")
 
     def _require_parts(self, texts: Sequence[TextRequest | None], *, decode: bool) -> None:
         if not self._replica.leads:
+            if self.vae is None and decode and self.vae_parallel == "on":
+                raise ConfigError("this rank has no autoencoder, and vae_parallel='on' needs one on each: load it")
             return
         if self.text_encoder is None and any(text is not None and text.prompts is not None for text in texts):
             raise ConfigError(
@@ -341,15 +359,18 @@ class OSPNextPipeline:
         wanted = batched(self.batched_guidance, self.transformer, latents_BCTHW)
         return self._replica.all_agree(wanted, latents_BCTHW.device)
 
-    def _decode(self, latents_BCTHW: Tensor) -> Tensor:
+    def _decode(self, latents_BCTHW: Tensor) -> Tensor | None:
+        """Frames on the rank that leads, None elsewhere."""
         if not torch.isfinite(latents_BCTHW).all():
             raise OSPNextError(
                 "the latents are not finite after sampling: a kernel or a number format overflowed. Try bfloat16 or "
                 "float32, or OSPNEXT_BACKEND=reference; 'ospnext explain' says which kernel serves what"
             )
-        vae = cast(VideoAutoencoder, self.vae)
-        self.decided["tiled"] = tiled = vae.needs_tiles(latents_BCTHW, self.vae_tiling)
-        return vae.decode(latents_BCTHW, tiling="on" if tiled else "off")
+        frames_BTHWC, decided = vae_sharing.decode(
+            self.vae, latents_BCTHW, self._replica, tiling=self.vae_tiling, parallel=self.vae_parallel
+        )
+        self.decided |= decided
+        return frames_BTHWC
 
     def _progress_bar(self, total: int) -> Any:
         # disable=None is tqdm's own "only when the output is a terminal".

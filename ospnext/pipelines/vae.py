@@ -15,6 +15,7 @@ from ospnext.ops.device import Device
 from ospnext.optional import require
 from ospnext.pipelines.strict_load import build_and_load, read_json, read_pth, read_safetensors
 from ospnext.pipelines.vae_memory import decode_peak
+from ospnext.pipelines.vae_tiles import tiles_of_model
 
 # Frames after the first, rows and columns per latent position. The transformer's latent shape is built on them.
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
@@ -108,13 +109,13 @@ class VideoAutoencoder:
         Videos are decoded one after the other: memory is that of one, and one 720p video takes 17 GiB untiled. After
         `enable_tiling`, "auto" is tiled, too.
         """
-        if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.latent_channels:
-            raise ConfigError(
-                f"latents must be [B, {self.latent_channels}, T, height/8, width/8], got {list(latents_BCTHW.shape)}"
-            )
         latents_BCTHW = self.denormalise(latents_BCTHW)
         with self._tiled(self.needs_tiles(latents_BCTHW, tiling)):
             return torch.cat([self._decode_one(latents) for latents in latents_BCTHW.split(1)])
+
+    def count_tiles(self, latents_BCTHW: Tensor) -> int:
+        """Tiles in which `decode` works on these latents, if in any."""
+        return sum(map(len, tiles_of_model(self.model, *latents_BCTHW.shape[3:])))
 
     def needs_tiles(self, latents_BCTHW: Tensor, tiling: Tiling = "auto") -> bool:
         """Whether `decode` of these latents would work on tiles now."""
@@ -139,7 +140,11 @@ class VideoAutoencoder:
             self.model.use_tiling = before
 
     def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
-        """`latents * std + mean` per channel, in the autoencoder's dtype."""
+        """`latents * std + mean` per channel, in the autoencoder's dtype and on its device."""
+        if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.latent_channels:
+            raise ConfigError(
+                f"latents must be [B, {self.latent_channels}, T, height/8, width/8], got {list(latents_BCTHW.shape)}"
+            )
         latents_BCTHW = latents_BCTHW.to(self.device, self.dtype)
         mean, std = (
             latents_BCTHW.new_tensor(values).view(1, -1, 1, 1, 1)
@@ -149,10 +154,15 @@ class VideoAutoencoder:
 
     def _decode_one(self, latents_1CTHW: Tensor) -> Tensor:
         (video_1CTHW,) = self.model.decode(latents_1CTHW, return_dict=False)
-        return (video_1CTHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+        return in_0_1(video_1CTHW)
 
     def save(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
+
+
+def in_0_1(video_1CTHW: Tensor) -> Tensor:
+    """Frames fp32 [1, T, H, W, C] of what a decoder gives, in -1..1."""
+    return (video_1CTHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
 
 
 def _load(
