@@ -43,13 +43,18 @@ def test_the_reference_passes(ranks: int) -> None:
 
 def test_no_rank_may_hold_or_receive_what_another_does() -> None:
     """Else a case would not tell them apart. In uneven exchanges one part is empty and no direction is as its
-    reverse."""
+    reverse; where all is sent to the first rank, it alone sends nothing and receives anything.
+    """
     for case in CONTRACT.cases():
         inputs = CONTRACT.inputs(case)
         assert all((arguments["x"] != 0).all() for arguments in inputs.values())
         held = [arguments["x"].flatten()[:6].tolist() for arguments in inputs.values()]
         assert len({tuple(values) for values in held}) == case.request.ranks, case.id
         received, form = CONTRACT.oracle(inputs), case.options.get("form")
+        if case.options["splits"] == "to_first":
+            assert [len(arguments["x"]) > 0 for arguments in inputs.values()] == [False, *[True] * (len(held) - 1)]
+            assert [len(out) > 0 for out in received.values()] == [True, *[False] * (len(held) - 1)]
+            continue
         if form == "backward":
             held = [arguments["grad_out"].flatten()[:6].tolist() for arguments in inputs.values()]
             assert len({tuple(values) for values in held}) == case.request.ranks, case.id
@@ -94,7 +99,8 @@ def test_zeros_from_the_third_rank_on_are_found_on_three_ranks() -> None:
 
 
 def test_swapped_peers_are_found() -> None:
-    assert set(failures("swapped_peers")) == tags(2, "all_to_all")
+    """But by an exchange in which there is only one peer."""
+    assert set(failures("swapped_peers")) == tags(2, "all_to_all") - {"all_to_all-r2-to_first-bf16"}
 
 
 def test_a_stale_buffer_is_found() -> None:

@@ -102,7 +102,11 @@ _KINDS: tuple[tuple[Operation, str, str], ...] = (
     ("reduce_scatter", "strided", "fp32"),
     ("all_reduce", "sum-strided", "fp32"),
     ("broadcast", "strided", "fp32"),
+    ("all_to_all", "to_first", "bf16"),
 )
+#: How many rows an all_to_all sends to each: see part_size.
+Splits = Literal["even", "uneven", "to_first"]
+UNEVEN: tuple[Splits, ...] = ("uneven", "to_first")
 Form = Literal["plain", "backward", "roundtrip", "async"]
 #: What more is done with an operation: its gradient is taken, its inverse or adjoint applied to the result, or two of
 #: them are on their way at once.
@@ -129,56 +133,62 @@ def cases() -> Iterator[Case]:
     for ranks in RANKS:
         for operation, kind, tag, form in (*((*kind, "plain") for kind in _KINDS), *_FORMS):
             words = "-".join(filter(None, (operation, f"r{ranks}", kind, tag, "" if form == "plain" else form)))
-            uneven = kind.startswith("uneven")
+            splits: Splits = next((one for one in UNEVEN if kind.startswith(one)), "even")
             request = CollectiveRequest(
                 "cpu",
                 _DTYPES[tag],
                 operation,
                 ranks,
-                elements=_rows(operation, ranks, uneven, rank=0) * math.prod(ROW),
-                uneven=uneven,
+                elements=_rows(operation, ranks, splits, rank=0) * math.prod(ROW),
+                uneven=splits != "even",
                 reduction="max" if kind == "max" else "sum",
             )
             layout = "last_stride" if kind.endswith("strided") else "contiguous"
-            options = {} if form == "plain" else {"form": form}
+            options = {"splits": splits} if form == "plain" else {"splits": splits, "form": form}
             yield Case(f"collective/required/{words}", "required", request, options, layout=layout, exact=True)
 
 
-def part_size(source: int, to: int, uneven: bool) -> int:
-    """Rows that `source` sends `to` another rank: not symmetric, and 0 from rank 1 to rank 0 where uneven."""
-    return (2 * source + 3 * to + 3) % 5 if uneven else PART
+def part_size(source: int, to: int, splits: Splits) -> int:
+    """Rows that `source` sends `to` another rank. Where uneven they are not symmetric, and 0 from rank 1 to rank 0;
+    "to_first" leaves rank 0 without any to send, and the others without any to receive.
+    """
+    if splits == "to_first":
+        return PART + source if source > to == 0 else 0
+    return (2 * source + 3 * to + 3) % 5 if splits == "uneven" else PART
 
 
-def _rows(operation: Operation, ranks: int, uneven: bool, rank: int) -> int:
+def _rows(operation: Operation, ranks: int, splits: Splits, rank: int) -> int:
     if operation == "all_to_all":
-        return sum(part_size(rank, to, uneven) for to in range(ranks))
+        return sum(part_size(rank, to, splits) for to in range(ranks))
     return PART * ranks if operation == "reduce_scatter" else PART
 
 
-def _rows_out(request: CollectiveRequest, rank: int) -> int:
+def _rows_out(request: CollectiveRequest, splits: Splits, rank: int) -> int:
     if request.operation == "all_to_all":
-        return sum(part_size(source, rank, request.uneven) for source in range(request.ranks))
+        return sum(part_size(source, rank, splits) for source in range(request.ranks))
     return PART * request.ranks if request.operation == "all_gather" else PART
 
 
 def _inputs(case: Case) -> dict[str, dict[str, Any]]:
     """`rank0`, `rank1`, ... -> the operation and its arguments on that rank."""
-    request = case.request
+    request, splits = case.request, case.options["splits"]
     named = {}
     for rank in range(request.ranks):
-        rows = _rows(request.operation, request.ranks, request.uneven, rank)
+        rows = _rows(request.operation, request.ranks, splits, rank)
         form = case.options.get("form", "plain")
         arguments: dict[str, Any] = {"form": form, "operation": request.operation, "x": _payload(request, rank, rows)}
         if request.operation == "all_to_all":
             everyone = range(request.ranks)
-            arguments["send_splits"] = [part_size(rank, to, request.uneven) for to in everyone]
-            arguments["receive_splits"] = [part_size(source, rank, request.uneven) for source in everyone]
+            arguments["send_splits"] = [part_size(rank, to, splits) for to in everyone]
+            arguments["receive_splits"] = [part_size(source, rank, splits) for source in everyone]
         elif request.operation == "all_reduce":
             arguments["reduction"] = request.reduction
         elif request.operation == "broadcast":
             arguments["source"] = request.ranks - 1
         if form == "backward":
-            arguments["grad_out"] = _payload(request, rank, _rows_out(request, rank)) + 7  # no gradient is a result
+            arguments["grad_out"] = (
+                _payload(request, rank, _rows_out(request, splits, rank)) + 7
+            )  # no gradient is a result
         named[f"rank{rank}"] = arguments
     return named
 
