@@ -43,6 +43,12 @@ def launched() -> Launch | None:
     return None if world == 1 else Launch(rank, world, local_rank, local_world)
 
 
+def meeting_point() -> str:
+    """ "HOST:PORT" where the ranks of the job find each other."""
+    unknown = "(not set)"
+    return f"{os.environ.get('MASTER_ADDR', unknown)}:{os.environ.get('MASTER_PORT', unknown)}"
+
+
 def on_rank() -> str:
     """ " on rank 3" in a job of several ranks, for an error; empty otherwise, also in half an environment."""
     try:

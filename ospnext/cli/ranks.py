@@ -5,7 +5,6 @@ of its own a command does all of this alone, and nothing here imports torch.
 from __future__ import annotations
 
 import datetime
-import os
 import signal
 import sys
 import warnings
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospnext.cli import EXIT_ERROR
 from ospnext.errors import CollectiveError, OSPNextError
-from ospnext.launch import Launch, launched
+from ospnext.launch import Launch, launched, meeting_point
 
 if TYPE_CHECKING:
     import torch
@@ -165,11 +164,10 @@ def ranks_of_command() -> Iterator[Ranks]:
 
 
 def _not_found(launch: Launch, error: Exception) -> str:
-    meeting = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
     first_line, *_ = str(error).splitlines() or [type(error).__name__]
     return (
-        f"{launch.world} ranks did not find each other at {meeting} within {START_TIMEOUT:.0f} s ({first_line}): start "
-        "all of them, on hosts that reach this address"
+        f"{launch.world} ranks did not find each other at {meeting_point()} within {START_TIMEOUT:.0f} s "
+        f"({first_line}): start all of them, on hosts that reach this address"
     )
 
 
