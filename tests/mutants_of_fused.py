@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import broken_fused as fused
+import broken_fused_quantize as fused_quantize
 from mutant import BEYOND, OVERWRITTEN, Mutant, backend, fault_of, ids, known, name_of
 
 from ospnext.backends.reference import MANIFEST
@@ -34,7 +35,7 @@ def _of_fused(kernel: fused.Honest, kills: str, spares: str, says: str = BEYOND)
 
 #: Faults that several operators have, or attention and an operator.
 _SEVERAL = ("loses_tokens_past_65535", "wrong_strides", "result_in_fp32")
-_F = fused
+_F, _Q = fused, fused_quantize
 _LONG = {
     "rms_norm": "",
     "layer_norm_modulate": "-affine-modulated",
@@ -72,26 +73,26 @@ MUTANTS = (
     _of_fused(_F.GeluLeftOut(), "fp32-plain bf16-plain bf16-one", "bf16-m0"),
     _of_fused(_F.LastInputFeaturesLeftOut(), "fp32-plain bf16-plain bf16-one bf16-n75600", "bf16-aligned fp32-aligned"),
     _of_fused(_F.LosesTokensPast65535("linear_gelu_tanh"), "bf16-n75600", "bf16-plain"),
-    _of_fused(_F.ScaleOfTheTensor(), "bf16-plain fp32-affine-modulated bf16-affine-modulated-carried", NO_FUSED),
-    _of_fused(_F.QuantizesBeforeModulation(), "fp32-modulated fp32-affine-modulated", "bf16-zerorow"),
-    _of_fused(_F.ScaleBeforeModulation(), "fp32-modulated bf16-affine-modulated", "fp32-plain bf16-affine"),
+    _of_fused(_Q.ScaleOfTheTensor(), "bf16-plain fp32-affine-modulated bf16-affine-modulated-carried", NO_FUSED),
+    _of_fused(_Q.QuantizesBeforeModulation(), "fp32-modulated fp32-affine-modulated", "bf16-zerorow"),
+    _of_fused(_Q.ScaleBeforeModulation(), "fp32-modulated bf16-affine-modulated", "fp32-plain bf16-affine"),
     _of_fused(
-        _F.CarriedScaleNotDivided(), "bf16-affine-modulated-carried fp32-affine-modulated-carried-224", "bf16-plain"
+        _Q.CarriedScaleNotDivided(), "bf16-affine-modulated-carried fp32-affine-modulated-carried-224", "bf16-plain"
     ),
-    _of_fused(_F.NanOfOneRowInAll(), "bf16-affine-modulated-nan bf16-affine-modulated-inf", "bf16-plain"),
+    _of_fused(_Q.NanOfOneRowInAll(), "bf16-affine-modulated-nan bf16-affine-modulated-inf", "bf16-plain"),
     _of_fused(
-        _F.ScaleOfTheFirstRow(),
+        _Q.ScaleOfTheFirstRow(),
         "bf16-affine-modulated-tensor fp32-affine-modulated-tensor-carried",
         "bf16-plain fp32-affine-modulated-carried",
     ),
-    _of_fused(_F.QuantizedInPlace(), "fp32-plain bf16-affine", NO_FUSED, OVERWRITTEN),
-    _of_fused(_F.CarriedForgotten(), "bf16-carried fp32-carried-224", "bf16-plain fp32-pow2"),
-    _of_fused(_F.ScaleSettingsForgotten(), "bf16-pow2 fp32-224 fp32-carried-224", "bf16-plain fp32-carried"),
-    _of_fused(_F.CodesOfX(), "bf16-plain fp32-carried", NO_FUSED),
-    _of_fused(_F.NanIsNotTheLargest(), "bf16-nan fp32-nan bf16-carried-nan", "bf16-plain"),
-    _of_fused(_F.ZeroRowHasNoScale(), "bf16-zerorow fp32-zerorow bf16-carried-zerorow", "bf16-plain"),
+    _of_fused(_Q.QuantizedInPlace(), "fp32-plain bf16-affine", NO_FUSED, OVERWRITTEN),
+    _of_fused(_Q.CarriedForgotten(), "bf16-carried fp32-carried-224", "bf16-plain fp32-pow2"),
+    _of_fused(_Q.ScaleSettingsForgotten(), "bf16-pow2 fp32-224 fp32-carried-224", "bf16-plain fp32-carried"),
+    _of_fused(_Q.CodesOfX(), "bf16-plain fp32-carried", NO_FUSED),
+    _of_fused(_Q.NanIsNotTheLargest(), "bf16-nan fp32-nan bf16-carried-nan", "bf16-plain"),
+    _of_fused(_Q.ZeroRowHasNoScale(), "bf16-zerorow fp32-zerorow bf16-carried-zerorow", "bf16-plain"),
     *(
-        _of_fused(_F.LosesRowsPast65535(name), f"n75600-bf16-{words}", NO_FUSED)
+        _of_fused(_Q.LosesRowsPast65535(name), f"n75600-bf16-{words}", NO_FUSED)
         for name, words in (("layer_norm_modulate_quantize", "affine-modulated"), ("gelu_tanh_quantize", "plain"))
     ),
     *(_of_fused(_F.LosesTokensPast65535(name), f"n75600-bf16{_LONG[name] or '-plain'}", NO_FUSED) for name in _LONG),
