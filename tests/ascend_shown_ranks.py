@@ -30,7 +30,8 @@ def main() -> None:
     mesh = make_mesh(ParallelConfig(ssp=2), "npu", 60)
     total = all_reduce(torch.full((1,), RANK + 1.0, device=device), group=mesh.replica)
     found = {"rank": RANK, "visible": torch.npu.device_count(), "device": Device("npu").identity()}
-    print(json.dumps(found | {"before": chosen[0], "chosen": chosen[-1], "sum": total.item()}), flush=True)
+    line = json.dumps(found | {"before": chosen[0], "chosen": chosen[-1], "sum": total.item()})
+    os.write(1, f"{line}\n".encode())  # at once: ranks share the pipe
     dist.destroy_process_group()
 
 
