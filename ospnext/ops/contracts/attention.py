@@ -24,7 +24,7 @@ Layout      dense q [B, Sq, H, D], k and v [B, Sk, H, D]; packed q [Tq, H, D], k
 Scale       default 1 / sqrt(D).
 Key mask    boolean [B, Sk] (dense only), True = the key takes part. A query all of whose keys are masked, and a query
             of a sequence without keys, gives a row of zeros and logsumexp -inf, and receives and sends zero gradient.
-            Values of masked keys never reach the result, NaN and Inf included.
+            Values of masked keys never reach the result, NaN and Inf included; nor do queries of a sample without keys.
 Logsumexp   natural, of the scaled logits, fp32 (fp64 for fp64 inputs): dense [B, H, Sq], packed [H, Tq]. It carries no
             gradient.
 Dtype       q, k and v agree; products accumulate in fp32 or better and logits stay in it; probabilities and their
