@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ptx import larger_magnitude
 from .row_quantize import magnitude_bits
 
 _BLOCK, _BLOCKS = 4096, 8
@@ -25,9 +26,8 @@ def amax_of_all(x: Tensor) -> Tensor:
 @triton.jit
 def _largest(x_ptr, parts_ptr, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.int32)
+    largest = tl.zeros([BLOCK], x_ptr.dtype.element_ty)
     for i in tl.static_range(BLOCKS):
         at = start + i * BLOCK
-        x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, magnitude_bits(x))
-    tl.store(parts_ptr + tl.program_id(0), tl.max(largest))
+        largest = larger_magnitude(largest, tl.load(x_ptr + at, mask=at < count, other=0.0))
+    tl.store(parts_ptr + tl.program_id(0), tl.max(magnitude_bits(largest.to(tl.float32))))

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import End, codes_of, magnitude_bits, own_scale, quantized
-from .rows import PIECE, chunks, new, row_of, stream, warps
+from .ptx import exp2, larger_magnitude, reciprocal, widened
+from .row_quantize import End, amax_in, codes_of, own_scale, quantized
+from .rows import PIECE, ROW_REGISTERS, chunks, new, row_of, stream, warps
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
 _LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
 _CUBIC: tl.constexpr = tl.constexpr(0.07135481627260025)
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def gelu_tanh_quantize(
             CHUNKS=count,
             num_warps=warps(chunk, 256),
             # The compiler would take registers that leave fewer programs on a multiprocessor.
-            maxnreg=80 if end.form == "row" else None,
+            maxnreg=ROW_REGISTERS if end.form == "row" else None,
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
@@ -64,7 +66,7 @@ def _launch(grad: Tensor | None, x: Tensor, out: Tensor, end: End | None = None)
     x_BNC = x.view(1, 1, -1) if flat else stream(x)
     grad_BNC = x_BNC if grad is None else grad.view(1, 1, -1) if flat else stream(grad)
     samples, tokens, channels = x_BNC.shape
-    block = min(PIECE, triton.next_power_of_2(channels))
+    block = min(2 * PIECE if flat else PIECE, triton.next_power_of_2(channels))
     pieces = triton.cdiv(channels, block)
     _pieces[(samples * tokens * pieces,)](
         *(None if grad is None else grad_BNC, x_BNC, out),
@@ -72,14 +74,16 @@ def _launch(grad: Tensor | None, x: Tensor, out: Tensor, end: End | None = None)
         *(tokens, channels, pieces, *grad_BNC.stride()[:2], *x_BNC.stride()[:2]),
         SHIFT=end.shift if end else None,
         BELOW_16=end is not None and end.below_16,
+        FLAT=flat,
         BLOCK=block,
-        num_warps=warps(block, 256),
+        num_warps=min(4, warps(block, 256)),
     )
 
 
 @triton.jit
-def _twice_u(x):
-    return x * (_LINEAR + _CUBIC * x * x)
+def _gate(x):
+    """The sigmoid of 2u."""
+    return reciprocal(1.0 + exp2(x * (-_LOG2_E * _LINEAR + (-_LOG2_E * _CUBIC) * (x * x))))
 
 
 @triton.jit
@@ -98,25 +102,25 @@ def _pieces(
     token_stride,
     SHIFT: tl.constexpr,
     BELOW_16: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    row, piece = (0, tl.program_id(0)) if FLAT else (tl.program_id(0) // pieces, tl.program_id(0) % pieces)
     sample, token = row // tokens, row % tokens
     column = piece.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < channels
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
-    x = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(_twice_u(x))
+    x = widened(tl.load(start + column, mask=inside, other=0.0))
+    gate = _gate(x)
     out = x * gate
     if grad_ptr is not None:
         start = row_of(grad_ptr, sample, token, grad_sample_stride, grad_token_stride)
-        grad = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-        # 1 - gate, of which the difference would leave nothing where gate is near 1.
-        rest = tl.sigmoid(-_twice_u(x))
+        grad = widened(tl.load(start + column, mask=inside, other=0.0))
+        rest = _gate(-x)  # 1 - gate, of which the difference would leave nothing where gate is near 1
         out = grad * (gate + out * rest * (_LINEAR + 3 * _CUBIC * x * x))
     out = out.to(x_ptr.dtype.element_ty)
     if scale_ptr is not None:
-        out = codes_of(out.to(tl.float32), tl.load(scale_ptr), table_ptr, SHIFT, BELOW_16)
+        out = codes_of(widened(out), tl.load(scale_ptr), table_ptr, SHIFT, BELOW_16)
     tl.store(row_of(out_ptr, 0, row, 0, channels) + column, out, mask=inside)
 
 
@@ -142,19 +146,19 @@ def _rows(
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
-    largest = tl.zeros([CHUNK], tl.int32)
+    largest = tl.zeros([CHUNK], x_ptr.dtype.element_ty)
     kept = ()  # rounded: that is what is quantized, and half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        x = tl.load(start + at, mask=at < channels, other=0.0).to(tl.float32)
-        y = (x * tl.sigmoid(_twice_u(x))).to(x_ptr.dtype.element_ty)
+        x = widened(tl.load(start + at, mask=at < channels, other=0.0))
+        y = (x * _gate(x)).to(x_ptr.dtype.element_ty)
         kept += (y,)
-        largest = tl.maximum(largest, magnitude_bits(y.to(tl.float32)))
+        largest = larger_magnitude(largest, y)
     if FORM == "amax":
-        tl.store(scale_ptr + row, tl.max(largest).to(tl.float32, bitcast=True))
+        tl.store(scale_ptr + row, amax_in(largest))
     else:
         scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
-            codes = codes_of(kept[i].to(tl.float32), scale, table_ptr, SHIFT, BELOW_16)
+            codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
             tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)

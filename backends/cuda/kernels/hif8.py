@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ospnext.numerics import carrier, hif8
 
-from .carry import carry, divide
+from .carry import carry, carry_quotient
+from .ptx import widened
 
 _BLOCK = 2048
 
@@ -103,20 +104,17 @@ def _quantize(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = widened(tl.load(x_ptr + at, mask=inside, other=0.0))
     if ONE:
         scale = tl.load(scale_ptr)
     else:
         scale = tl.load(scale_ptr + at // columns, mask=inside, other=1.0)
     # The division of IEEE, as the contract asks; Inf stays itself in HiFloat8 codes.
     if ONE and SHIFT is not None:
-        quotient = divide(x, scale)
+        found = carry_quotient(x, scale, SHIFT, BELOW_16)
     else:
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
-    if SHIFT is None:
-        found = look_up(quotient, table_ptr)
-    else:
-        found = carry(quotient, scale, SHIFT, BELOW_16)
+        found = look_up(quotient, table_ptr) if SHIFT is None else carry(quotient, scale, SHIFT, BELOW_16)
     if SCALED_BACK:
         found = (found * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, found, mask=inside)

@@ -12,8 +12,22 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import Granularity, ScaleMode
 
-from .row_quantize import VALUES, End, codes_of, magnitude_bits, own_scale, quantized
-from .rows import ROWS, chunks, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, warps
+from .ptx import larger_magnitude, widened
+from .row_quantize import VALUES, End, amax_in, codes_of, own_scale, quantized
+from .rows import (
+    ROW_REGISTERS,
+    ROWS,
+    chunks,
+    dense,
+    inverse_root,
+    mean_of,
+    new,
+    partial_sums,
+    row_of,
+    stream,
+    warps,
+    within,
+)
 
 Operand = Tensor | None
 
@@ -84,9 +98,10 @@ def _launch_forward(
         **(end.constants() if end else VALUES),
         CHUNK=chunk,
         CHUNKS=count,
+        FULL=count * chunk == channels,
         num_warps=warps(chunk, 256),
         # The compiler would take registers that leave fewer programs on a multiprocessor.
-        maxnreg=80 if end and end.form == "row" else None,
+        maxnreg=ROW_REGISTERS if end and end.form == "row" else None,
     )
 
 
@@ -140,6 +155,7 @@ def _normalize(
     POWER_OF_TWO: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
@@ -151,37 +167,39 @@ def _normalize(
         at = i * CHUNK + column
         x = tl.load(start + at, mask=at < channels, other=0.0)
         kept += (x,)
-        total += x.to(tl.float32)
+        total += widened(x)
     mean = mean_of(tl.sum(total), channels)
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
-        centred = tl.where(i * CHUNK + column < channels, kept[i].to(tl.float32) - mean, 0.0)
+        centred = within(widened(kept[i]) - mean, i * CHUNK + column, channels, FULL)
         total += centred * centred
     inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
     scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
     out_row = row_of(out_ptr, 0, row, 0, channels)
-    largest = tl.zeros([CHUNK], tl.int32)
+    if FORM == "shared":
+        shared = tl.load(row_scale_ptr)
+    largest = tl.zeros([CHUNK], x_ptr.dtype.element_ty)
     results = ()  # in place of what was read
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        y = (kept[i].to(tl.float32) - mean) * inverse
+        y = (widened(kept[i]) - mean) * inverse
         out = _affine(y, at, at < channels, weight_ptr, bias_ptr, shift_row, scale_row).to(x_ptr.dtype.element_ty)
         if FORM == "values":
             tl.store(out_row + at, out, mask=at < channels)
         elif FORM == "shared":
-            codes = codes_of(out.to(tl.float32), tl.load(row_scale_ptr), table_ptr, SHIFT, BELOW_16)
+            codes = codes_of(widened(out), shared, table_ptr, SHIFT, BELOW_16)
             tl.store(out_row + at, codes, mask=at < channels)
         else:
             results += (out,)
-            largest = tl.maximum(largest, tl.where(at < channels, magnitude_bits(out.to(tl.float32)), 0))
+            largest = larger_magnitude(largest, within(out, at, channels, FULL))
     if FORM == "amax":
-        tl.store(row_scale_ptr + row, tl.max(largest).to(tl.float32, bitcast=True))
+        tl.store(row_scale_ptr + row, amax_in(largest))
     elif FORM == "row":
         of_row = own_scale(largest, row, row_scale_ptr, scale_max, unit, POWER_OF_TWO)
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
-            codes = codes_of(results[i].to(tl.float32), of_row, table_ptr, SHIFT, BELOW_16)
+            codes = codes_of(widened(results[i]), of_row, table_ptr, SHIFT, BELOW_16)
             tl.store(out_row + at, codes, mask=at < channels)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import ScaleMode
 
-from .row_quantize import End, codes_of, magnitude_bits, own_scale, quantized
+from .ptx import larger_magnitude, widened
+from .row_quantize import End, codes_of, own_scale, quantized
 from .rows import chunks, row_of, stream, warps
 
 
@@ -53,15 +54,15 @@ def _quantize(
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
-    largest = tl.zeros([CHUNK], tl.int32)
+    largest = tl.zeros([CHUNK], x_ptr.dtype.element_ty)
     kept = ()  # as it was read: half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
         x = tl.load(start + at, mask=at < channels, other=0.0)
         kept += (x,)
-        largest = tl.maximum(largest, magnitude_bits(x.to(tl.float32)))
+        largest = larger_magnitude(largest, x)
     scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        codes = codes_of(kept[i].to(tl.float32), scale, table_ptr, SHIFT, BELOW_16)
+        codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
         tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ptx import widened
 from .rope import angles, turn
 from .rows import ROWS, chunks, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, streams, warps
 
@@ -116,14 +117,14 @@ def _normalize(
         at = (i * HEADS + head) * head_dim + channel
         x = tl.load(start + at, mask=(channel < head_dim) & (at < channels), other=0.0)
         kept += (x,)
-        total += x.to(tl.float32) * x.to(tl.float32)
+        total += widened(x) * widened(x)
     inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     if cos_ptr is not None:
         cos, sin = angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, head_dim // 2, False, DIM // 2)
     for i in tl.static_range(CHUNKS):
         at = (i * HEADS + head) * head_dim + channel
         inside = (channel < head_dim) & (at < channels)
-        y = kept[i].to(tl.float32) * inverse * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = widened(kept[i]) * inverse * widened(tl.load(weight_ptr + at, mask=inside, other=0.0))
         if cos_ptr is not None:
             y = turn(y, cos, sin, HEADS, DIM)
         tl.store(row_of(out_ptr, 0, row, 0, channels) + at, y.to(out_ptr.dtype.element_ty), mask=inside)

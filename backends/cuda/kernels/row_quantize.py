@@ -16,7 +16,7 @@ from torch import Tensor
 from ospnext.numerics import carrier
 from ospnext.numerics.scaling import SMALLEST_AMAX, Granularity, ScaleMode, amax_of, scale_of
 
-from .carry import carry, divide
+from .carry import carry_quotient, divide
 from .hif8 import codes_by_key, look_up
 from .rows import new
 
@@ -90,8 +90,8 @@ def quantized(
 
 @triton.jit
 def own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO: tl.constexpr):
-    """The scale of a row whose magnitudes, as bits, are at most those of `largest`; it is written."""
-    scale = scale_of_row(tl.max(largest).to(tl.float32, bitcast=True), scale_max, POWER_OF_TWO)
+    """The scale of a row whose magnitudes are at most those of `largest`; it is written."""
+    scale = scale_of_row(amax_in(largest), scale_max, POWER_OF_TWO)
     tl.store(scale_ptr + row, scale * unit)
     return scale
 
@@ -102,8 +102,14 @@ def codes_of(y, scale, table_ptr, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
     if SHIFT is None:
         codes = look_up(divide(y, scale), table_ptr)
     else:
-        codes = carry(divide(y, scale), scale, SHIFT, BELOW_16)
+        codes = carry_quotient(y, scale, SHIFT, BELOW_16)
     return codes
+
+
+@triton.jit
+def amax_in(largest):
+    """fp32, and NaN where there is one: as bits of integers magnitudes have the same order, in which NaN comes last."""
+    return tl.max(magnitude_bits(largest.to(tl.float32))).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from torch import Tensor
 ROWS = 32
 #: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
 PIECE = 1024
+#: Of a thread in kernels whose rows become codes with a scale each.
+ROW_REGISTERS = 80
 
 
 def stream(x: Tensor) -> Tensor:
@@ -65,6 +67,12 @@ def warps(block: int, lanes: int = 512) -> int:
 def row_of(pointer, sample, token, sample_stride, token_stride):
     """Where a row starts; in 64 bits, since a stream may have more than 2^31 elements."""
     return pointer + tl.cast(sample, tl.int64) * sample_stride + tl.cast(token, tl.int64) * token_stride
+
+
+@triton.jit
+def within(x, at, channels, FULL: tl.constexpr):
+    """x, and 0 behind the end of a row, of which a row of full chunks has nothing."""
+    return x if FULL else tl.where(at < channels, x, tl.zeros_like(x))
 
 
 @triton.jit
