@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Tokens whose share of a parameter's gradient one program adds up. Fixed, so that sums do not depend on the device.
 ROWS = 32
+#: Bytes of shared memory in which a program reads rows ahead: two programs share a multiprocessor of an H100.
+AHEAD = 96 << 10
 #: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
 PIECE = 1024
 
@@ -40,10 +42,10 @@ def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def partial_sums(x_BNC: Tensor) -> Tensor:
-    """fp32 [B, P, C] for P programs along the tokens of each sample."""
+def partial_sums(x_BNC: Tensor, *several: int) -> Tensor:
+    """fp32 [*several, B, P, C] for P programs along the tokens of each sample."""
     samples, tokens, channels = x_BNC.shape
-    return new(x_BNC, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
+    return new(x_BNC, *several, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
 
 
 def chunks(channels: int) -> tuple[int, int]:
@@ -59,6 +61,58 @@ def chunks(channels: int) -> tuple[int, int]:
 def warps(block: int, lanes: int = 512) -> int:
     """Warps for a program that holds `block` elements in registers, `lanes` of them in each."""
     return max(1, min(16, block // lanes))
+
+
+def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int | None]]:
+    """(channels of a chunk, rows of which one is at work and the others on their way, options of the launch) for a
+    program that adds up gradients over rows.
+
+    Sums of every channel stay in registers. Two programs share a multiprocessor, so that one adds up a row while the
+    other waits for its own sum, and each has the rows behind on their way to shared memory.
+    """
+    channels, size = x_BNC.shape[-1], x_BNC.element_size()
+    chunk, _ = chunks(channels)
+    rows = min(3, AHEAD // (2 * channels * size))
+    return chunk, rows + 1, {"num_warps": warps(triton.next_power_of_2(channels), 1024), "maxnreg": 128}
+
+
+@triton.jit
+def read(pointer, inside, EVEN: tl.constexpr):
+    """What lies there, and 0 outside; EVEN says that nothing is, which spares the instructions that ask."""
+    if EVEN:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside, other=0.0)
+
+
+@triton.jit
+def write(pointer, value, inside, EVEN: tl.constexpr):
+    """In the dtype that lies there."""
+    value = value.to(pointer.dtype.element_ty)
+    if EVEN:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=inside)
+
+
+@triton.jit
+def sum_two(a, b):
+    """The sums of two tensors, for which threads meet once."""
+    return tl.reduce((a, b), None, _add_two)
+
+
+@triton.jit
+def sum_three(a, b, c):
+    return tl.reduce((a, b, c), None, _add_three)
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
