@@ -274,15 +274,13 @@ def _differentiate(
         centred = ()
         for i in tl.static_range(CHUNKS):
             centred += (rows[i] - mean if EVEN else tl.where(i * CHUNK + column < channels, rows[i] - mean, 0.0),)
-            scaled = grads[i] * factors[i]
             squares += centred[i] * centred[i]
-            scaled_total += scaled
-            along += scaled * centred[i]
+            # Not of grad * factor, which dx computes anew: kept from here to there, it takes registers that sums need.
+            scaled_total = tl.fma(grads[i], factors[i], scaled_total)
+            along += grads[i] * centred[i] * factors[i]
         squares, scaled_total, along = sum_three(squares, scaled_total, along)
         inverse = inverse_root(mean_of(squares, channels) + eps)
-        # dx = inverse * (scaled - mean(scaled) - normed * mean(scaled * normed)), of which `scaled` is computed anew:
-        # its registers hold the next sums.
-        shift, slope = mean_of(scaled_total, channels) * inverse, mean_of(along, channels) * inverse * inverse
+        shift, slope = mean_of(scaled_total, channels), mean_of(along, channels) * inverse
         dx_row = row_of(dx_ptr, 0, sample * tokens + token, 0, channels)
         more_grad, more_normed = (), ()
         for i in tl.static_range(CHUNKS):
@@ -290,7 +288,7 @@ def _differentiate(
             normed = centred[i] * inverse
             more_grad += (grad_sums[i] + grads[i],)
             more_normed += (normed_sums[i] + grads[i] * normed,)
-            dx = grads[i] * (factors[i] * inverse) - (normed * slope + shift)
+            dx = inverse * (grads[i] * factors[i] - (normed * slope + shift))
             write(dx_row + at, dx, at < channels, EVEN)
         grad_sums, normed_sums = more_grad, more_normed
     if grad_sum_ptr is not None:

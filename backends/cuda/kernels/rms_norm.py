@@ -203,18 +203,18 @@ def _differentiate(
             rows += (read(x_row + at, inside, EVEN).to(tl.float32),)
             grads += (grad,)
             squares += rows[i] * rows[i]
-            along += grads[i] * weights[i] * rows[i]
+            # Not of grad * weight, which dx computes anew: kept from here to there, it takes registers that sums need.
+            along += grads[i] * rows[i] * weights[i]
         squares, along = sum_two(squares, along)
         inverse = inverse_root(mean_of(squares, channels) + eps)
-        # dx = inverse * (scaled - normed * mean(scaled * normed)), where scaled = grad * weight
-        slope = mean_of(along, channels) * inverse * inverse
+        slope = mean_of(along, channels) * inverse
         dx_row = row_of(dx_ptr, 0, sample * tokens + token, 0, channels)
         more = ()
         for i in tl.static_range(CHUNKS):
             at = (i * HEADS + head) * head_dim + channel
             normed = rows[i] * inverse
             more += (dweights[i] + grads[i] * normed,)
-            dx = grads[i] * (weights[i] * inverse) - normed * slope
+            dx = inverse * (grads[i] * weights[i] - normed * slope)
             write(dx_row + at, dx, (channel < head_dim) & (at < channels), EVEN)
         dweights = more
     sums_row = row_of(sums_ptr, 0, program, 0, channels)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 #: Tokens whose share of a parameter's gradient one program adds up. Fixed, so that sums do not depend on the device.
 ROWS = 32
-#: Bytes of shared memory in which a program reads rows ahead: two programs share a multiprocessor of an H100.
-AHEAD = 96 << 10
+#: Bytes of shared memory into which a program of a gradient reads rows: two such programs share a multiprocessor of an
+#: H200, and one fits on the smallest.
+AHEAD = 90 << 10
 #: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
 PIECE = 1024
 
@@ -63,17 +64,18 @@ def warps(block: int, lanes: int = 512) -> int:
     return max(1, min(16, block // lanes))
 
 
-def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int | None]]:
-    """(channels of a chunk, rows of which one is at work and the others on their way, options of the launch) for a
-    program that adds up gradients over rows.
+def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int]]:
+    """(channels of a chunk, stages of the loop over rows, options of the launch) of a program that adds up gradients.
 
-    Sums of every channel stay in registers. Two programs share a multiprocessor, so that one adds up a row while the
-    other waits for its own sum, and each has the rows behind on their way to shared memory.
+    It keeps two sums, a factor and two operands of each channel in fp32: 20 channels of a thread leave registers for
+    two programs of 5120 channels on a multiprocessor. While one waits for the sum of a row the other computes, and the
+    rows behind are on their way to shared memory: one fewer than stages.
     """
-    channels, size = x_BNC.shape[-1], x_BNC.element_size()
-    chunk, _ = chunks(channels)
-    rows = min(3, AHEAD // (2 * channels * size))
-    return chunk, rows + 1, {"num_warps": warps(triton.next_power_of_2(channels), 1024), "maxnreg": 128}
+    channels = x_BNC.shape[-1]
+    chunk, count = chunks(channels)
+    num_warps = min(16, triton.next_power_of_2(triton.cdiv(chunk * count, 20 * 32)))
+    rows = min(3, AHEAD // (2 * channels * x_BNC.element_size()))
+    return chunk, rows + 1, {"num_warps": num_warps, "maxnreg": 128}
 
 
 @triton.jit
@@ -97,12 +99,12 @@ def write(pointer, value, inside, EVEN: tl.constexpr):
 @triton.jit
 def sum_two(a, b):
     """The sums of two tensors, for which threads meet once."""
-    return tl.reduce((a, b), None, _add_two)
+    return tl.reduce((tl.ravel(a, True), tl.ravel(b, True)), 0, _add_two)
 
 
 @triton.jit
 def sum_three(a, b, c):
-    return tl.reduce((a, b, c), None, _add_three)
+    return tl.reduce((tl.ravel(a, True), tl.ravel(b, True), tl.ravel(c, True)), 0, _add_three)
 
 
 @triton.jit
