@@ -249,8 +249,7 @@ def _differentiate(
         at = i * CHUNK + column
         factor = tl.full([CHUNK], 1.0, tl.float32)
         if weight_ptr is not None:
-            # Without the sum, which changes nothing, the compiler keeps what it read too and runs out of registers.
-            factor = read(weight_ptr + at, at < channels, EVEN).to(tl.float32) + 0.0
+            factor = read(weight_ptr + at, at < channels, EVEN).to(tl.float32)
         if scale_ptr is not None:
             scale_row = row_of(scale_ptr, sample, 0, scale_stride, 0)
             factor *= 1 + read(scale_row + at, at < channels, EVEN).to(tl.float32)

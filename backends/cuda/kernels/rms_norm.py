@@ -182,8 +182,7 @@ def _differentiate(
     weights, dweights = (), ()
     for i in tl.static_range(CHUNKS):
         at = (i * HEADS + head) * head_dim + channel
-        # Without the sum, which changes nothing, the compiler keeps what it read too and runs out of registers.
-        weights += (read(weight_ptr + at, (channel < head_dim) & (at < channels), EVEN).to(tl.float32) + 0.0,)
+        weights += (read(weight_ptr + at, (channel < head_dim) & (at < channels), EVEN).to(tl.float32),)
         dweights += (tl.zeros([HEADS, DIM], tl.float32),)
     for token in tl.range(first, last, num_stages=STAGES):
         grad_row = row_of(grad_ptr, sample, token, grad_sample_stride, grad_token_stride)

@@ -68,8 +68,8 @@ def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int]]:
     """(channels of a chunk, stages of the loop over rows, options of the launch) of a program that adds up gradients.
 
     It keeps two sums, a factor and two operands of each channel in fp32: 20 channels of a thread leave registers for
-    two programs of 5120 channels on a multiprocessor. While one waits for the sum of a row the other computes, and the
-    rows behind are on their way to shared memory: one fewer than stages.
+    two programs of 5120 channels on a multiprocessor, of which one computes while the other waits for the sums of a
+    row. Shared memory holds that row and up to two behind it, which are on their way.
     """
     channels = x_BNC.shape[-1]
     chunk, count = chunks(channels)
@@ -104,6 +104,7 @@ def sum_two(a, b):
 
 @triton.jit
 def sum_three(a, b, c):
+    """`sum_two` of three."""
     return tl.reduce((tl.ravel(a, True), tl.ravel(b, True), tl.ravel(c, True)), 0, _add_three)
 
 
