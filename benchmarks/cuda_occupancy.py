@@ -158,9 +158,9 @@ def compiled(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
     found = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, WARP), options=options)
     usage, code = dumped(found.asm["cubin"])
-    registers, spilled, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+.*;", code, re.MULTILINE))
-    return Compiled(kernel.__name__, found.metadata.num_warps, registers, spilled, shared, instructions)
+    return Compiled(kernel.__name__, found.metadata.num_warps, registers, spilled, found.metadata.shared, instructions)
 
 
 def is_constant(kernel: JITFunction, name: str, value: Any) -> bool:

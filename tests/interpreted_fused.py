@@ -42,7 +42,14 @@ def _convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
     return _converted(data, source, target, rounding)
 
 
-_converted = interpreter._convert_float
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """A number of one element ends a range, too; the interpreter's own asks NumPy for what it no longer does."""
+    _patched(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+_converted, _patched = interpreter._convert_float, interpreter._patch_lang_tensor
+interpreter._patch_lang_tensor = _patch_tensor
 interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_fma = _fma
 

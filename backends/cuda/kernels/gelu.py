@@ -12,7 +12,7 @@ from ospnext.numerics.scaling import Granularity, ScaleMode
 
 from .ptx import exp2, larger_magnitude, reciprocal, widened
 from .row_quantize import End, amax_in, codes_of, own_scale, quantized
-from .rows import PIECE, ROW_REGISTERS, chunks, new, row_of, stream, warps
+from .rows import PIECE, ROW_REGISTERS, chunks, new, read, row_of, stream, warps, write
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
 _LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
@@ -50,6 +50,7 @@ def gelu_tanh_quantize(
             **end.constants(),
             CHUNK=chunk,
             CHUNKS=count,
+            FULL=channels // chunk,
             num_warps=warps(chunk, 256),
             # The compiler would take registers that leave fewer programs on a multiprocessor.
             maxnreg=ROW_REGISTERS if end.form == "row" else None,
@@ -142,6 +143,7 @@ def _rows(
     POWER_OF_TWO: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
@@ -150,7 +152,7 @@ def _rows(
     kept = ()  # rounded: that is what is quantized, and half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        x = widened(tl.load(start + at, mask=at < channels, other=0.0))
+        x = widened(read(start + at, at < channels, i < FULL))
         y = (x * _gate(x)).to(x_ptr.dtype.element_ty)
         kept += (y,)
         largest = larger_magnitude(largest, y)
@@ -161,4 +163,4 @@ def _rows(
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
             codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
-            tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)
+            write(row_of(codes_ptr, 0, row, 0, channels) + at, codes, at < channels, i < FULL)

@@ -22,11 +22,15 @@ from .rows import (
     inverse_root,
     mean_of,
     new,
+    of_gradient,
     partial_sums,
+    read,
     row_of,
     stream,
+    sum_three,
     warps,
     within,
+    write,
 )
 
 Operand = Tensor | None
@@ -70,8 +74,9 @@ def layer_norm_modulate_backward(
         if weight is not None and bias is not None:
             dscale = normed_sum * weight.float() + grad_sum * bias.float()
         dshift, dscale = dshift.to(shift.dtype), dscale.to(scale.dtype)
-        grad_sum, normed_sum = (total * (1 + scale.float()) for total in (grad_sum, normed_sum))
     if weight is not None and bias is not None:
+        if scale is not None:
+            grad_sum, normed_sum = (total * (1 + scale.float()) for total in (grad_sum, normed_sum))
         dweight, dbias = normed_sum.sum(0).to(weight.dtype), grad_sum.sum(0).to(bias.dtype)
     return dx, dweight, dbias, dshift, dscale, None
 
@@ -98,9 +103,8 @@ def _launch_forward(
         **(end.constants() if end else VALUES),
         CHUNK=chunk,
         CHUNKS=count,
-        FULL=count * chunk == channels,
+        FULL=channels // chunk,
         num_warps=warps(chunk, 256),
-        # The compiler would take registers that leave fewer programs on a multiprocessor.
         maxnreg=ROW_REGISTERS if end and end.form == "row" else None,
     )
 
@@ -112,18 +116,21 @@ def _gradients(grad: Tensor, x: Tensor, weight: Operand, scale: Operand, eps: fl
     grad_BNC, x_BNC, scale = stream(grad), stream(x), dense(scale)
     samples, tokens, channels = x_BNC.shape
     dx = new(x)
-    sums = [] if weight is None and scale is None else [partial_sums(x_BNC), partial_sums(x_BNC)]
+    sums = None if weight is None and scale is None else partial_sums(x_BNC, 2)
     if x.numel():
-        block, chunks = triton.next_power_of_2(channels), triton.cdiv(tokens, ROWS)
-        _differentiate[(samples * chunks,)](
-            *(grad_BNC, x_BNC, dense(weight), scale, dx, *(sums or (None, None)), tokens, channels, chunks),
-            *(*grad_BNC.stride()[:2], *x_BNC.stride()[:2], _stride(scale), eps),
+        programs = triton.cdiv(tokens, ROWS)
+        chunk, stages, options = of_gradient(x_BNC)
+        _differentiate[(samples * programs,)](
+            *(grad_BNC, x_BNC, dense(weight), scale, dx, *((None, None) if sums is None else sums)),
+            *(tokens, channels, programs, *grad_BNC.stride()[:2], *x_BNC.stride()[:2], _stride(scale), eps),
             ROWS=ROWS,
-            BLOCK=block,
-            num_warps=warps(block),
+            CHUNK=chunk,
+            CHUNKS=triton.cdiv(channels, chunk),
+            FULL=channels // chunk,
+            STAGES=stages,
+            **options,
         )
-    grad_sum, normed_sum = (total.sum(1) for total in sums) if sums else (None, None)
-    return dx, grad_sum, normed_sum
+    return dx, *((None, None) if sums is None else sums.sum(2))
 
 
 def _stride(of_samples: Operand) -> int:
@@ -162,17 +169,17 @@ def _normalize(
     column = tl.arange(0, CHUNK)
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     total = tl.zeros([CHUNK], tl.float32)
-    kept = ()  # as it was read: half the registers of fp32
+    rows = ()
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        x = tl.load(start + at, mask=at < channels, other=0.0)
-        kept += (x,)
-        total += widened(x)
+        rows += (widened(read(start + at, at < channels, i < FULL)),)
+        total += rows[i]
     mean = mean_of(tl.sum(total), channels)
     total = tl.zeros([CHUNK], tl.float32)
+    centred = ()
     for i in tl.static_range(CHUNKS):
-        centred = within(widened(kept[i]) - mean, i * CHUNK + column, channels, FULL)
-        total += centred * centred
+        centred += (within(rows[i] - mean, i * CHUNK + column, channels, i < FULL),)
+        total += centred[i] * centred[i]
     inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
     shift_row = shift_ptr if shift_ptr is None else row_of(shift_ptr, sample, 0, shift_stride, 0)
     scale_row = scale_ptr if scale_ptr is None else row_of(scale_ptr, sample, 0, scale_stride, 0)
@@ -183,16 +190,17 @@ def _normalize(
     results = ()  # in place of what was read
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        y = (widened(kept[i]) - mean) * inverse
-        out = _affine(y, at, at < channels, weight_ptr, bias_ptr, shift_row, scale_row).to(x_ptr.dtype.element_ty)
+        y = centred[i] * inverse
+        y = _affine(y, at, at < channels, i < FULL, weight_ptr, bias_ptr, shift_row, scale_row)
+        out = y.to(x_ptr.dtype.element_ty)
         if FORM == "values":
-            tl.store(out_row + at, out, mask=at < channels)
+            write(out_row + at, out, at < channels, i < FULL)
         elif FORM == "shared":
             codes = codes_of(widened(out), shared, table_ptr, SHIFT, BELOW_16)
-            tl.store(out_row + at, codes, mask=at < channels)
+            write(out_row + at, codes, at < channels, i < FULL)
         else:
             results += (out,)
-            largest = larger_magnitude(largest, within(out, at, channels, FULL))
+            largest = larger_magnitude(largest, within(out, at, channels, i < FULL))
     if FORM == "amax":
         tl.store(row_scale_ptr + row, amax_in(largest))
     elif FORM == "row":
@@ -200,18 +208,16 @@ def _normalize(
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
             codes = codes_of(widened(results[i]), of_row, table_ptr, SHIFT, BELOW_16)
-            tl.store(out_row + at, codes, mask=at < channels)
+            write(out_row + at, codes, at < channels, i < FULL)
 
 
 @triton.jit
-def _affine(y, at, inside, weight_ptr, bias_ptr, shift_row, scale_row):
+def _affine(y, at, inside, FULL: tl.constexpr, weight_ptr, bias_ptr, shift_row, scale_row):
     """A chunk of a normalized row with weight and bias, and modulated, in fp32."""
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = y * weight + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * widened(read(weight_ptr + at, inside, FULL)) + widened(read(bias_ptr + at, inside, FULL))
     if scale_row is not None:
-        scale = tl.load(scale_row + at, mask=inside, other=0.0).to(tl.float32)
-        y = y * (1 + scale) + tl.load(shift_row + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * (1 + widened(read(scale_row + at, inside, FULL))) + widened(read(shift_row + at, inside, FULL))
     return y
 
 
@@ -226,7 +232,7 @@ def _differentiate(
     normed_sum_ptr,
     tokens,
     channels,
-    chunks,
+    programs,
     grad_sample_stride,
     grad_token_stride,
     sample_stride,
@@ -234,45 +240,63 @@ def _differentiate(
     scale_stride,
     eps,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    sample, first = program // chunks, (program % chunks).to(tl.int64) * ROWS
+    sample, first = program // programs, (program % programs).to(tl.int64) * ROWS
     last = tl.minimum(first + ROWS, tokens)
-    column = tl.arange(0, BLOCK)
-    inside = column < channels
-    factor = tl.full([BLOCK], 1.0, tl.float32)
-    if weight_ptr is not None:
-        factor = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(row_of(scale_ptr, sample, 0, scale_stride, 0) + column, mask=inside, other=0.0)
-        factor *= 1 + scale.to(tl.float32)
-    grad_sum = tl.zeros([BLOCK], tl.float32)
-    normed_sum = tl.zeros([BLOCK], tl.float32)
-    grad_start = row_of(grad_ptr, sample, first, grad_sample_stride, grad_token_stride)
-    x_start = row_of(x_ptr, sample, first, sample_stride, token_stride)
-    next_grad = tl.load(grad_start + column, mask=inside, other=0.0)
-    next_x = tl.load(x_start + column, mask=inside, other=0.0)
-    token = first
-    while token < last:
-        grad, x = next_grad.to(tl.float32), next_x.to(tl.float32)
-        # One row ahead, so that loads do not wait for the sums of this one.
-        ahead = tl.minimum(token + 1, last - 1)
-        grad_start = row_of(grad_ptr, sample, ahead, grad_sample_stride, grad_token_stride)
-        x_start = row_of(x_ptr, sample, ahead, sample_stride, token_stride)
-        next_grad = tl.load(grad_start + column, mask=inside, other=0.0)
-        next_x = tl.load(x_start + column, mask=inside, other=0.0)
-        centred = tl.where(inside, x - mean_of(tl.sum(x), channels), 0.0)
-        inverse = inverse_root(mean_of(tl.sum(centred * centred), channels) + eps)
-        normed = centred * inverse
-        grad_sum += grad
-        normed_sum += grad * normed
-        scaled = grad * factor
-        along = mean_of(tl.sum(scaled * normed), channels)
-        dx = inverse * (scaled - mean_of(tl.sum(scaled), channels) - normed * along)
-        dx = dx.to(dx_ptr.dtype.element_ty)
-        tl.store(row_of(dx_ptr, 0, sample * tokens + token, 0, channels) + column, dx, mask=inside)
-        token += 1
+    column = tl.arange(0, CHUNK)
+    factors, grad_sums, normed_sums = (), (), ()
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + column
+        factor = tl.full([CHUNK], 1.0, tl.float32)
+        if weight_ptr is not None:
+            factor = read(weight_ptr + at, at < channels, i < FULL).to(tl.float32)
+        if scale_ptr is not None:
+            scale_row = row_of(scale_ptr, sample, 0, scale_stride, 0)
+            factor *= 1 + read(scale_row + at, at < channels, i < FULL).to(tl.float32)
+        factors += (factor,)
+        grad_sums += (tl.zeros([CHUNK], tl.float32),)
+        normed_sums += (tl.zeros([CHUNK], tl.float32),)
+    for token in tl.range(first, last, num_stages=STAGES):
+        grad_row = row_of(grad_ptr, sample, token, grad_sample_stride, grad_token_stride)
+        x_row = row_of(x_ptr, sample, token, sample_stride, token_stride)
+        total = tl.zeros([CHUNK], tl.float32)
+        rows, grads = (), ()
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            rows += (read(x_row + at, at < channels, i < FULL).to(tl.float32),)
+            grads += (read(grad_row + at, at < channels, i < FULL).to(tl.float32),)
+            total += rows[i]
+        mean = mean_of(tl.sum(total), channels)
+        squares = tl.zeros([CHUNK], tl.float32)
+        scaled_total = tl.zeros([CHUNK], tl.float32)
+        along = tl.zeros([CHUNK], tl.float32)
+        centred = ()
+        for i in tl.static_range(CHUNKS):
+            centred += (within(rows[i] - mean, i * CHUNK + column, channels, i < FULL),)
+            squares += centred[i] * centred[i]
+            # Not of grad * factor, which dx computes anew: kept from here to there, it takes registers that sums need.
+            scaled_total = tl.fma(grads[i], factors[i], scaled_total)
+            along += grads[i] * centred[i] * factors[i]
+        squares, scaled_total, along = sum_three(squares, scaled_total, along)
+        inverse = inverse_root(mean_of(squares, channels) + eps)
+        shift, slope = mean_of(scaled_total, channels), mean_of(along, channels) * inverse
+        dx_row = row_of(dx_ptr, 0, sample * tokens + token, 0, channels)
+        more_grad, more_normed = (), ()
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            normed = centred[i] * inverse
+            more_grad += (grad_sums[i] + grads[i],)
+            more_normed += (normed_sums[i] + grads[i] * normed,)
+            dx = inverse * (grads[i] * factors[i] - (normed * slope + shift))
+            write(dx_row + at, dx, at < channels, i < FULL)
+        grad_sums, normed_sums = more_grad, more_normed
     if grad_sum_ptr is not None:
-        tl.store(row_of(grad_sum_ptr, 0, program, 0, channels) + column, grad_sum, mask=inside)
-        tl.store(row_of(normed_sum_ptr, 0, program, 0, channels) + column, normed_sum, mask=inside)
+        for i in tl.static_range(CHUNKS):
+            at = i * CHUNK + column
+            write(row_of(grad_sum_ptr, 0, program, 0, channels) + at, grad_sums[i], at < channels, i < FULL)
+            write(row_of(normed_sum_ptr, 0, program, 0, channels) + at, normed_sums[i], at < channels, i < FULL)

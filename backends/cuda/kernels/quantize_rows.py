@@ -10,7 +10,7 @@ from ospnext.numerics.scaling import ScaleMode
 
 from .ptx import larger_magnitude, widened
 from .row_quantize import End, codes_of, own_scale, quantized
-from .rows import chunks, row_of, stream, warps
+from .rows import chunks, read, row_of, stream, warps, write
 
 
 def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried: bool) -> tuple[Tensor, Tensor]:
@@ -26,6 +26,7 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
             **end.constants(),
             CHUNK=chunk,
             CHUNKS=count,
+            FULL=channels // chunk,
             num_warps=warps(chunk, 256),
         )
 
@@ -50,6 +51,7 @@ def _quantize(
     POWER_OF_TWO: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
@@ -58,11 +60,11 @@ def _quantize(
     kept = ()  # as it was read: half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        x = tl.load(start + at, mask=at < channels, other=0.0)
+        x = read(start + at, at < channels, i < FULL)
         kept += (x,)
         largest = larger_magnitude(largest, x)
     scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
         codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
-        tl.store(row_of(codes_ptr, 0, row, 0, channels) + at, codes, mask=at < channels)
+        write(row_of(codes_ptr, 0, row, 0, channels) + at, codes, at < channels, i < FULL)

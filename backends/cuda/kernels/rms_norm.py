@@ -12,7 +12,23 @@ from torch import Tensor
 
 from .ptx import widened
 from .rope import angles, turn
-from .rows import ROWS, chunks, dense, inverse_root, mean_of, new, partial_sums, row_of, stream, streams, warps
+from .rows import (
+    ROWS,
+    chunks,
+    dense,
+    inverse_root,
+    mean_of,
+    new,
+    of_gradient,
+    partial_sums,
+    read,
+    row_of,
+    stream,
+    streams,
+    sum_two,
+    warps,
+    write,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,7 +41,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Any, ...]:
     grad_BNC, x_BNC = streams(grad, x)
-    dx, dweight = _gradients(grad_BNC, (*grad_BNC.stride()[:2], 0), x_BNC, weight, None, None, eps, 1)
+    chunk, _ = chunks(x_BNC.shape[-1])
+    dx, dweight = _gradients(grad_BNC, (*grad_BNC.stride()[:2], chunk), x_BNC, weight, None, None, eps, chunk)
     return dx.view(x.shape), dweight, None
 
 
@@ -42,13 +59,9 @@ def rms_norm_rope(x_BNC: Tensor, weight_C: Tensor, cos_NP: Tensor, sin_NP: Tenso
 def rms_norm_rope_backward(
     grad_BNHD: Tensor, x_BNC: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Any, ...]:
-    grad = dense(grad_BNHD)
-    dx, dweight = _gradients(grad, grad.stride()[:3], stream(x_BNC), weight, dense(cos), dense(sin), eps, grad.shape[2])
+    grad, cos, sin = dense(grad_BNHD), dense(cos), dense(sin)
+    dx, dweight = _gradients(grad, grad.stride()[:3], stream(x_BNC), weight, cos, sin, eps, grad.shape[-1])
     return dx, dweight, None, None, None
-
-
-def _tile(heads: int, channels: int) -> tuple[int, int]:
-    return triton.next_power_of_2(heads), triton.next_power_of_2(channels // heads)
 
 
 def _stride(angles_NP: Tensor | None) -> int:
@@ -67,23 +80,34 @@ def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tens
         HEADS=height,
         DIM=width,
         CHUNKS=triton.cdiv(channels, height * head_dim),
+        FULL=_full(channels, height, head_dim, width),
         num_warps=warps(height * width, 256),
     )
 
 
-def _gradients(grad, grad_strides, x_BNC, weight, cos, sin, eps, heads):
-    """(dx, dweight)."""
+def _full(channels: int, heads: int, head_dim: int, width: int) -> int:
+    """Chunks of `heads` heads in which nothing is masked."""
+    return channels // (heads * head_dim) if width == head_dim else 0
+
+
+def _gradients(grad, grad_strides, x_BNC, weight, cos, sin, eps, head_dim):
+    """(dx, dweight). Heads of `head_dim` channels, as in the forward."""
     samples, tokens, channels = x_BNC.shape
     dx, sums = new(x_BNC), partial_sums(x_BNC)
     if x_BNC.numel():
-        height, width = _tile(heads, channels)
+        chunk, stages, options = of_gradient(x_BNC)
+        width = triton.next_power_of_2(head_dim)
+        height = max(1, chunk // width)
         _differentiate[(samples * sums.shape[1],)](
-            *(grad, x_BNC, dense(weight), cos, sin, dx, sums, tokens, heads, channels // heads, sums.shape[1]),
+            *(grad, x_BNC, dense(weight), cos, sin, dx, sums, tokens, channels, head_dim, sums.shape[1]),
             *(*grad_strides, *x_BNC.stride()[:2], _stride(cos), _stride(sin), eps),
             ROWS=ROWS,
             HEADS=height,
             DIM=width,
-            num_warps=warps(height * width),
+            CHUNKS=triton.cdiv(channels, height * head_dim),
+            FULL=_full(channels, height, head_dim, width),
+            STAGES=stages,
+            **options,
         )
     return dx, sums.flatten(0, 1).sum(0).to(weight.dtype)
 
@@ -106,6 +130,7 @@ def _normalize(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     row = tl.program_id(0)
     sample, token = row // tokens, row % tokens
@@ -115,7 +140,7 @@ def _normalize(
     kept = ()  # as it was read: half the registers of fp32
     for i in tl.static_range(CHUNKS):
         at = (i * HEADS + head) * head_dim + channel
-        x = tl.load(start + at, mask=(channel < head_dim) & (at < channels), other=0.0)
+        x = read(start + at, (channel < head_dim) & (at < channels), i < FULL)
         kept += (x,)
         total += widened(x) * widened(x)
     inverse = inverse_root(mean_of(tl.sum(total), channels) + eps)
@@ -124,10 +149,10 @@ def _normalize(
     for i in tl.static_range(CHUNKS):
         at = (i * HEADS + head) * head_dim + channel
         inside = (channel < head_dim) & (at < channels)
-        y = widened(kept[i]) * inverse * widened(tl.load(weight_ptr + at, mask=inside, other=0.0))
+        y = widened(kept[i]) * inverse * widened(read(weight_ptr + at, inside, i < FULL))
         if cos_ptr is not None:
             y = turn(y, cos, sin, HEADS, DIM)
-        tl.store(row_of(out_ptr, 0, row, 0, channels) + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+        write(row_of(out_ptr, 0, row, 0, channels) + at, y, inside, i < FULL)
 
 
 @triton.jit
@@ -140,9 +165,9 @@ def _differentiate(
     dx_ptr,
     sums_ptr,
     tokens,
-    heads,
+    channels,
     head_dim,
-    chunks,
+    programs,
     grad_sample_stride,
     grad_token_stride,
     grad_head_stride,
@@ -154,37 +179,52 @@ def _differentiate(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    sample, first = program // chunks, (program % chunks).to(tl.int64) * ROWS
+    sample, first = program // programs, (program % programs).to(tl.int64) * ROWS
     last = tl.minimum(first + ROWS, tokens)
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
-    inside = (head < heads) & (channel < head_dim)
-    at = head * head_dim + channel
-    grad_at = head.to(tl.int64) * grad_head_stride + channel
-    channels = heads * head_dim
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([HEADS, DIM], tl.float32)
-    grad_start = row_of(grad_ptr, sample, first, grad_sample_stride, grad_token_stride)
-    x_start = row_of(x_ptr, sample, first, sample_stride, token_stride)
-    next_grad = tl.load(grad_start + grad_at, mask=inside, other=0.0)
-    next_x = tl.load(x_start + at, mask=inside, other=0.0)
-    token = first
-    while token < last:
-        grad, x = next_grad.to(tl.float32), next_x.to(tl.float32)
-        # One row ahead, so that loads do not wait for the sums of this one.
-        ahead = tl.minimum(token + 1, last - 1)
-        grad_start = row_of(grad_ptr, sample, ahead, grad_sample_stride, grad_token_stride)
-        next_grad = tl.load(grad_start + grad_at, mask=inside, other=0.0)
-        next_x = tl.load(row_of(x_ptr, sample, ahead, sample_stride, token_stride) + at, mask=inside, other=0.0)
+    weights, dweights = (), ()
+    for i in tl.static_range(CHUNKS):
+        at = (i * HEADS + head) * head_dim + channel
+        weights += (read(weight_ptr + at, (channel < head_dim) & (at < channels), i < FULL).to(tl.float32),)
+        dweights += (tl.zeros([HEADS, DIM], tl.float32),)
+    for token in tl.range(first, last, num_stages=STAGES):
+        grad_row = row_of(grad_ptr, sample, token, grad_sample_stride, grad_token_stride)
+        x_row = row_of(x_ptr, sample, token, sample_stride, token_stride)
         if cos_ptr is not None:
             cos, sin = angles(cos_ptr, sin_ptr, token, cos_stride, sin_stride, head_dim // 2, True, DIM // 2)
-            grad = turn(grad, cos, sin, HEADS, DIM)
-        inverse = inverse_root(mean_of(tl.sum(x * x), channels) + eps)
-        normed, scaled = x * inverse, grad * weight
-        dx = inverse * (scaled - normed * mean_of(tl.sum(scaled * normed), channels))
-        dweight += grad * normed
-        dx = dx.to(dx_ptr.dtype.element_ty)
-        tl.store(row_of(dx_ptr, 0, sample * tokens + token, 0, channels) + at, dx, mask=inside)
-        token += 1
-    tl.store(row_of(sums_ptr, 0, program, 0, channels) + at, dweight, mask=inside)
+        squares = tl.zeros([HEADS, DIM], tl.float32)
+        along = tl.zeros([HEADS, DIM], tl.float32)
+        rows, grads = (), ()
+        for i in tl.static_range(CHUNKS):
+            at = (i * HEADS + head) * head_dim + channel
+            inside = (channel < head_dim) & (at < channels)
+            grad_at = row_of(grad_row, i * HEADS, 0, grad_head_stride, 0) + head.to(tl.int64) * grad_head_stride
+            grad = read(grad_at + channel, inside, i < FULL).to(tl.float32)
+            if cos_ptr is not None:
+                grad = turn(grad, cos, sin, HEADS, DIM)
+            rows += (read(x_row + at, inside, i < FULL).to(tl.float32),)
+            grads += (grad,)
+            squares += rows[i] * rows[i]
+            # Not of grad * weight, which dx computes anew: kept from here to there, it takes registers that sums need.
+            along += grads[i] * rows[i] * weights[i]
+        squares, along = sum_two(squares, along)
+        inverse = inverse_root(mean_of(squares, channels) + eps)
+        slope = mean_of(along, channels) * inverse
+        dx_row = row_of(dx_ptr, 0, sample * tokens + token, 0, channels)
+        more = ()
+        for i in tl.static_range(CHUNKS):
+            at = (i * HEADS + head) * head_dim + channel
+            normed = rows[i] * inverse
+            more += (dweights[i] + grads[i] * normed,)
+            dx = inverse * (grads[i] * weights[i] - normed * slope)
+            write(dx_row + at, dx, (channel < head_dim) & (at < channels), i < FULL)
+        dweights = more
+    sums_row = row_of(sums_ptr, 0, program, 0, channels)
+    for i in tl.static_range(CHUNKS):
+        at = (i * HEADS + head) * head_dim + channel
+        write(sums_row + at, dweights[i], (channel < head_dim) & (at < channels), i < FULL)

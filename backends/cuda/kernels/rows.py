@@ -13,6 +13,9 @@ from torch import Tensor
 
 #: Tokens whose share of a parameter's gradient one program adds up. Fixed, so that sums do not depend on the device.
 ROWS = 32
+#: Bytes of shared memory into which a program of a gradient reads rows: two such programs share a multiprocessor of an
+#: H200, and one fits on the smallest.
+AHEAD = 90 << 10
 #: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
 PIECE = 1024
 #: Of a thread in kernels whose rows become codes with a scale each.
@@ -42,10 +45,10 @@ def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def partial_sums(x_BNC: Tensor) -> Tensor:
-    """fp32 [B, P, C] for P programs along the tokens of each sample."""
+def partial_sums(x_BNC: Tensor, *several: int) -> Tensor:
+    """fp32 [*several, B, P, C] for P programs along the tokens of each sample."""
     samples, tokens, channels = x_BNC.shape
-    return new(x_BNC, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
+    return new(x_BNC, *several, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
 
 
 def chunks(channels: int) -> tuple[int, int]:
@@ -63,6 +66,60 @@ def warps(block: int, lanes: int = 512) -> int:
     return max(1, min(16, block // lanes))
 
 
+def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int]]:
+    """(channels of a chunk, stages of the loop over rows, options of the launch) of a program that adds up gradients.
+
+    It keeps two sums, a factor and two operands of each channel in fp32: 20 channels of a thread leave registers for
+    two programs of 5120 channels on a multiprocessor, of which one computes while the other waits for the sums of a
+    row. Shared memory holds that row and up to one behind it, which is on its way.
+    """
+    channels = x_BNC.shape[-1]
+    chunk, count = chunks(channels)
+    num_warps = min(16, triton.next_power_of_2(triton.cdiv(chunk * count, 20 * 32)))
+    rows = min(2, AHEAD // (2 * channels * x_BNC.element_size()))
+    return chunk, rows + 1, {"num_warps": num_warps, "maxnreg": 128}
+
+
+@triton.jit
+def read(pointer, inside, FULL: tl.constexpr):
+    """What lies there, and 0 outside; FULL says that nothing is, which spares the instructions that ask."""
+    if FULL:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside, other=0.0)
+
+
+@triton.jit
+def write(pointer, value, inside, FULL: tl.constexpr):
+    """In the dtype that lies there."""
+    value = value.to(pointer.dtype.element_ty)
+    if FULL:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=inside)
+
+
+@triton.jit
+def sum_two(a, b):
+    """The sums of two tensors, for which threads meet once."""
+    return tl.reduce((tl.ravel(a, True), tl.ravel(b, True)), 0, _add_two)
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """`sum_two` of three."""
+    return tl.reduce((tl.ravel(a, True), tl.ravel(b, True), tl.ravel(c, True)), 0, _add_three)
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
 @triton.jit
 def row_of(pointer, sample, token, sample_stride, token_stride):
     """Where a row starts; in 64 bits, since a stream may have more than 2^31 elements."""
@@ -71,7 +128,7 @@ def row_of(pointer, sample, token, sample_stride, token_stride):
 
 @triton.jit
 def within(x, at, channels, FULL: tl.constexpr):
-    """x, and 0 behind the end of a row, of which a row of full chunks has nothing."""
+    """x, and 0 behind the end of a row, of which a full chunk has nothing."""
     return x if FULL else tl.where(at < channels, x, tl.zeros_like(x))
 
 
