@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Any, ...]:
     grad_BNC, x_BNC = streams(grad, x)
-    chunk, _ = chunks(x_BNC.shape[-1])
+    chunk, *_ = of_gradient(x_BNC)
     dx, dweight = _gradients(grad_BNC, (*grad_BNC.stride()[:2], chunk), x_BNC, weight, None, None, eps, chunk)
     return dx.view(x.shape), dweight, None
 
