@@ -12,7 +12,7 @@ from ospnext.numerics.scaling import Granularity, ScaleMode
 
 from .ptx import exp2, larger_magnitude, reciprocal, widened
 from .row_quantize import End, amax_in, codes_of, own_scale, quantized
-from .rows import PIECE, ROW_REGISTERS, chunks, new, read, row_of, stream, warps, write
+from .rows import PIECE, ROW_REGISTERS, SMALLEST, chunks, new, read, row_of, stream, warps, write
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
 _LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
@@ -67,7 +67,7 @@ def _launch(grad: Tensor | None, x: Tensor, out: Tensor, end: End | None = None)
     x_BNC = x.view(1, 1, -1) if flat else stream(x)
     grad_BNC = x_BNC if grad is None else grad.view(1, 1, -1) if flat else stream(grad)
     samples, tokens, channels = x_BNC.shape
-    block = min(2 * PIECE if flat else PIECE, triton.next_power_of_2(channels))
+    block = max(SMALLEST, min(2 * PIECE if flat else PIECE, triton.next_power_of_2(channels)))
     pieces = triton.cdiv(channels, block)
     _pieces[(samples * tokens * pieces,)](
         *(None if grad is None else grad_BNC, x_BNC, out),

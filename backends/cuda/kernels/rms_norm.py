@@ -41,8 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Any, ...]:
     grad_BNC, x_BNC = streams(grad, x)
-    chunk, _ = chunks(x_BNC.shape[-1])
-    dx, dweight = _gradients(grad_BNC, (*grad_BNC.stride()[:2], chunk), x_BNC, weight, None, None, eps, chunk)
+    dx, dweight = _gradients(grad_BNC, x_BNC, weight, None, None, eps)
     return dx.view(x.shape), dweight, None
 
 
@@ -59,8 +58,7 @@ def rms_norm_rope(x_BNC: Tensor, weight_C: Tensor, cos_NP: Tensor, sin_NP: Tenso
 def rms_norm_rope_backward(
     grad_BNHD: Tensor, x_BNC: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Any, ...]:
-    grad, cos, sin = dense(grad_BNHD), dense(cos), dense(sin)
-    dx, dweight = _gradients(grad, grad.stride()[:3], stream(x_BNC), weight, cos, sin, eps, grad.shape[-1])
+    dx, dweight = _gradients(dense(grad_BNHD), stream(x_BNC), weight, dense(cos), dense(sin), eps)
     return dx, dweight, None, None, None
 
 
@@ -90,17 +88,18 @@ def _full(channels: int, heads: int, head_dim: int, width: int) -> int:
     return channels // (heads * head_dim) if width == head_dim else 0
 
 
-def _gradients(grad, grad_strides, x_BNC, weight, cos, sin, eps, head_dim):
-    """(dx, dweight). Heads of `head_dim` channels, as in the forward."""
+def _gradients(grad, x_BNC, weight, cos, sin, eps):
+    """(dx, dweight) for grad [B, N, H, D], or [B, N, C] whose chunks take the place of heads."""
     samples, tokens, channels = x_BNC.shape
     dx, sums = new(x_BNC), partial_sums(x_BNC)
     if x_BNC.numel():
         chunk, stages, options = of_gradient(x_BNC)
+        head_dim = grad.shape[-1] if grad.ndim == 4 else chunk
         width = triton.next_power_of_2(head_dim)
         height = max(1, chunk // width)
         _differentiate[(samples * sums.shape[1],)](
             *(grad, x_BNC, dense(weight), cos, sin, dx, sums, tokens, channels, head_dim, sums.shape[1]),
-            *(*grad_strides, *x_BNC.stride()[:2], _stride(cos), _stride(sin), eps),
+            *(*(*grad.stride()[:-1], head_dim)[:3], *x_BNC.stride()[:2], _stride(cos), _stride(sin), eps),
             ROWS=ROWS,
             HEADS=height,
             DIM=width,

@@ -18,6 +18,8 @@ ROWS = 32
 AHEAD = 90 << 10
 #: Channels that a program of an elementwise kernel takes: 16 bytes of bf16 for each of 128 threads.
 PIECE = 1024
+#: And at least: four for each lane of a warp, of which some instructions take several at once.
+SMALLEST = 128
 #: Of a thread in kernels whose rows become codes with a scale each.
 ROW_REGISTERS = 80
 
@@ -57,7 +59,8 @@ def chunks(channels: int) -> tuple[int, int]:
     A thread loads 16 bytes of bf16 of each chunk. Short chunks leave few lanes idle at the end of a row, and programs
     of few warps let a multiprocessor load some rows while it adds up others; long rows need more threads to hold them.
     """
-    chunk = min(PIECE if channels <= 6 * PIECE else 2 * PIECE, triton.next_power_of_2(channels))
+    most = PIECE if channels <= 6 * PIECE else 2 * PIECE
+    chunk = max(SMALLEST, min(most, triton.next_power_of_2(channels)))
     return chunk, triton.cdiv(channels, chunk)
 
 
