@@ -337,10 +337,11 @@ def report(
     said = versions(where)
     yield from ("# Ranks that share a video, measured", "")
     yield f"{found[0].case.work.preset}, bf16, one forward of one sample, without embeddings and head; {world} ranks."
-    yield f"{said.get('device_name', where)}, backend {said['backend']}, torch {torch.__version__}. Milliseconds. The slowest"
-    yield "rank of each block counts: `alone` with exchanges that hand back memory, `whole` with real ones; `in order` is"
-    yield "one run of all blocks. `in exchanges` is the mean rank, which also waits there, and `moving` the rank that waits"
-    yield f"for no other. Predicted: {link.link_gbs.value:g} GB/s each way ({link.link_gbs.how}), of which"
+    yield f"{said.get('device_name', where)}, backend {said['backend']}, torch {torch.__version__}. Milliseconds."
+    yield "The slowest rank of each block counts: `alone` with exchanges that hand back memory, `whole` with real ones;"
+    yield "`in order` is one run of all blocks. `in exchanges` is the mean rank, which also waits there, and `moving`"
+    yield "the rank that waits for no other."
+    yield f"Predicted: {link.link_gbs.value:g} GB/s each way ({link.link_gbs.how}), of which"
     yield f"{link.link_reached.value:.0%} ({link.link_reached.how}), and {link.link_latency_us.value:g} us an exchange"
     yield f"({link.link_latency_us.how})."
     head = ["video", "model, ssp x ulysses", "ranks", "alone", "whole", "in order", "in exchanges", "moving"]
