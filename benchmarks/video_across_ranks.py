@@ -206,8 +206,8 @@ def report(jobs: Sequence[Job], failed: dict[Job, str], folder: Path) -> Iterato
     height, width, frames, steps = (word.split("=")[1] for word in SETTINGS[:4])
     yield from ("# One video across ranks", "")
     yield f"{RANKS} ranks, {said.get('device_name', where)}, backend {said['backend']}, torch {torch.__version__}."
-    yield f"{len(PROMPTS)} videos of {frames} frames of {height}x{width}, {steps} steps with guidance, a tiny transformer"
-    yield "with random weights, compared with those of one process. Frames in 1/255; `equal` is the part of values with"
+    yield f"{len(PROMPTS)} videos of {frames} frames of {height}x{width}, {steps} steps with guidance, by a tiny model"
+    yield "of random weights, compared with those of one process. Frames in 1/255; `equal` is the part of values with"
     yield "the same bits."
     rows = []
     for job in jobs:
