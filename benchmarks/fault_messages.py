@@ -2,7 +2,7 @@
 
     python benchmarks/fault_messages.py --out benchmarks/results/fault_messages.txt
     python benchmarks/fault_messages.py --fault raises
-    OSPNEXT_BACKEND=cuda python benchmarks/fault_messages.py --device cuda --ranks 2 --timeout 15 --fault killed --fault stuck
+    python benchmarks/fault_messages.py --device cuda --ranks 2 --timeout 15 --fault killed --fault stuck
 
 Ranks are processes of this machine, over gloo or the transport of their devices, and the faults those of
 tests/test_parallel_faults.py. Frames of tracebacks are left out; paths, ports and clocks are placeholders. The first
