@@ -25,7 +25,7 @@ part() {
     echo "$name: done after $((SECONDS - started)) s"
   else
     echo "$name: FAILED with $code after $((SECONDS - started)) s"
-    tail -n 40 "$log"
+    tail -n 90 "$log" # what torchrun says comes last, and is 35 lines
   fi
   rm "$log"
 }

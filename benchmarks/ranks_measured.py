@@ -10,6 +10,7 @@ exchanges that hand back memory which was there before, in turns. Each exchange 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,7 +49,7 @@ from ospnext.ops.device import Device as Surface
 from ospnext.ops.group_store import meet
 from ospnext.parallel.config import ALONE, ParallelConfig, legal
 from ospnext.parallel.exchange import Payload
-from ospnext.parallel.mesh import Mesh
+from ospnext.parallel.mesh import Mesh, transports
 from ospnext.parallel.wire import Transfer, gathered
 from ospnext.planning.devices import Device, device
 from ospnext.planning.step_time import exchanging
@@ -124,6 +126,19 @@ class Moved:
     predicted: float
 
 
+@dataclass(frozen=True)
+class Here:
+    """This rank's device, the group of all ranks in which tensors of devices travel, and the link of predictions."""
+
+    where: torch.device
+    everyone: dist.ProcessGroup
+    link: Device
+
+    def predicted(self, transfers: Sequence[Transfer], ranks: int) -> float:
+        """Milliseconds."""
+        return 1e3 * sum(exchanging(transfer, range(ranks), self.link).total for transfer in transfers)
+
+
 class Stopwatch:
     """Stamps by the device's own clock; their differences can be read once all is done."""
 
@@ -182,6 +197,9 @@ def run(
         return made
 
     assert ranks.world is not None
+    # The default group is that in which ranks have found each other, on the host.
+    everyone = dist.new_group(timeout=datetime.timedelta(seconds=TIMEOUT), backend=transports(where.type))
+    here = Here(where, everyone, link)
     found: list[Measured] = []
     moved: list[Moved] = []
     text = ""
@@ -189,13 +207,13 @@ def run(
         block = random_block(work.config, where).eval()
         for case in cases(work, ranks.world):
             shared = None if case.layout == ALONE else mesh(case.layout, case.payload)
-            found.append(measured(case, block, shared, arguments.repeats, link, where))
+            found.append(measured(case, block, shared, arguments.repeats, here))
             release()
             if shared is not None:
                 timed = {(m.name, m.busiest) for m in moved}
                 few_bytes = gathered("16 bytes", ranks.world, 16)
                 new = [t for t in dict.fromkeys((few_bytes, *case.transfers)) if (t.name, busiest(t)) not in timed]
-                moved += [alone(t, shared, link, where) for t in new]
+                moved += [alone(t, here) for t in new]
             if ranks.first:
                 text = "\n".join(report(found, moved, link, ranks.world, where)) + "\n"
                 if arguments.out:
@@ -216,27 +234,25 @@ def cases(work: Workload, world: int) -> Iterator[Case]:
 # ---- a forward
 
 
-def measured(case: Case, block: Block, mesh: Mesh | None, repeats: int, link: Device, where: torch.device) -> Measured:
-    config, work = case.config, case.work
+def measured(case: Case, block: Block, mesh: Mesh | None, repeats: int, here: Here) -> Measured:
+    config, work, where = case.config, case.work, here.where
     if mesh is None:
         plans, _ = fullest(config, work, 1, 1, where)
     else:
         assert mesh.sequence is not None
         shape = (config.block_kinds, config.sparse_ratio, work.grid, 1, config.rope_pairs, torch.float32)
         plans = rank_layout(*shape, where, mesh.sequence).blocks
-    times = [of_kind(block, config, plan, count, repeats, where) for plan, count in distinct(config, plans)]
+    times = [of_kind(block, config, plan, count, repeats, here) for plan, count in distinct(config, plans)]
     in_order = 0.0
     if mesh is not None:
         forward = blocks_in_order(block, config, plans, where)
-        in_order = max(of_rank[0][0] for of_rank in told(of_call(forward, 1, where)))
-    predicted = sum(exchanging(transfer, range(case.layout.world), link).total for transfer in case.transfers)
-    return Measured(case, *summed(times), in_order=in_order, predicted=1e3 * predicted)
+        in_order = max(of_rank[0][0] for of_rank in told(of_call(forward, 1, here)))
+    predicted = here.predicted(case.transfers, case.layout.world)
+    return Measured(case, *summed(times), in_order=in_order, predicted=predicted)
 
 
-def of_kind(
-    block: Block, config: TransformerConfig, plan: BlockPlan, count: int, repeats: int, where: torch.device
-) -> Times:
-    call = blocks_in_order(block, config, [plan], where)
+def of_kind(block: Block, config: TransformerConfig, plan: BlockPlan, count: int, repeats: int, here: Here) -> Times:
+    call = blocks_in_order(block, config, [plan], here.where)
 
     def without() -> Tensor:
         with through(handed_back):
@@ -244,7 +260,7 @@ def of_kind(
 
     for warm_up in (without, call):
         warm_up()
-    rounds = [(of_call(without, 1, where), of_call(call, 1, where)) for _ in range(repeats)]
+    rounds = [(of_call(without, 1, here), of_call(call, 1, here)) for _ in range(repeats)]
     known.clear()
     by_rank = told(rounds)
     return Times(
@@ -255,9 +271,9 @@ def of_kind(
     )
 
 
-def of_call(call: Callable[[], object], repeats: int, where: torch.device) -> list[list[float]]:
+def of_call(call: Callable[[], object], repeats: int, here: Here) -> list[list[float]]:
     """Of each repeat the milliseconds of the call, and then those of each exchange in it."""
-    watch, found = Stopwatch(where), []
+    watch, found = Stopwatch(here.where), []
     real = collective.all_to_all
 
     def clocked(*arguments: Any, **named: Any) -> Any:
@@ -268,7 +284,9 @@ def of_call(call: Callable[[], object], repeats: int, where: torch.device) -> li
 
     for _ in range(repeats):
         spans: list[tuple[Any, Any]] = []
-        collective.all_reduce(torch.zeros(1, device=where))  # the devices meet, not only the processes
+        collective.all_reduce(
+            torch.zeros(1, device=here.where), group=here.everyone
+        )  # the devices meet, not only the processes
         with through(clocked):
             start = watch.stamp()
             call()
@@ -305,18 +323,17 @@ def over_ranks(join: Callable[[Sequence[float]], float], by_rank: Sequence[Seque
 # ---- an exchange
 
 
-def alone(transfer: Transfer, mesh: Mesh, link: Device, where: torch.device) -> Moved:
+def alone(transfer: Transfer, here: Here) -> Moved:
     """As many bytes as the model sends, and as many again that stay, in rows of one byte."""
-    ranks, rank = len(transfer.matrix), torch.distributed.get_rank(mesh.replica)
+    ranks, rank = len(transfer.matrix), dist.get_rank(here.everyone)
     matrix = [list(row) for row in transfer.matrix]
     for i in range(ranks):
         matrix[i][i] = max(matrix[i])
     send, receive = matrix[rank], [row[rank] for row in matrix]
-    x = torch.zeros(sum(send), dtype=torch.uint8, device=where)
-    times = of_call(lambda: collective.all_to_all(x, send, receive, mesh.replica), 2 + CALLS, where)[2:]
+    x = torch.zeros(sum(send), dtype=torch.uint8, device=here.where)
+    times = of_call(lambda: collective.all_to_all(x, send, receive, here.everyone), 2 + CALLS, here)[2:]
     by_rank = [[repeat[0] for repeat in of_rank] for of_rank in told(times)]
-    predicted = 1e3 * exchanging(transfer, range(ranks), link).total
-    return Moved(transfer.name, busiest(transfer), over_ranks(min, by_rank), predicted)
+    return Moved(transfer.name, busiest(transfer), over_ranks(min, by_rank), here.predicted([transfer], ranks))
 
 
 def busiest(transfer: Transfer) -> int:

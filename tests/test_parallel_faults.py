@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import failing_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from rank_processes import Ended, results, run_ranks
 
 from ospnext.ops import collective_watch
+from ospnext.ops.group_store import store_of
 
 #: Seconds that a collective may take.
 TIMEOUT = 2.0
@@ -125,6 +127,18 @@ def test_a_device_is_asked_as_the_current_one(monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert collective_watch._event_behind(torch.device("cuda", 1)).query()
     assert not current
+
+
+def test_the_store_of_a_group_that_does_not_know_it(monkeypatch) -> None:
+    """As groups of torch_npu: PyTorch has noted it beside them."""
+
+    class Group:
+        def get_group_store(self):
+            return None
+
+    group = Group()
+    monkeypatch.setitem(dist.distributed_c10d._world.pg_map, group, ("hccl", "the store"))
+    assert store_of(group) == "the store"
 
 
 def test_ranks_may_be_done_at_different_times() -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ospnext.errors import CollectiveError
-from ospnext.ops.group_store import meet, names_of
+from ospnext.ops.group_store import group_of, meet, names_of, store_of
 
 _STORE_IS_GONE = "the store of the job, in the process of rank 0 or of the launcher, does not answer"
 
@@ -89,7 +89,7 @@ class watch:
             raise RuntimeError("a watch is in force already; one watches all groups of the job")
         if self.active:
             watch._entered += 1
-            store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+            store = store_of(group_of(None)).clone()
             self._store = dist.PrefixStore(f"ospnext/watch/{watch._entered}", store)
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._beats, self._seen = 0, (0, time.monotonic())
