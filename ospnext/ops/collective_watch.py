@@ -89,7 +89,7 @@ class watch:
             raise RuntimeError("a watch is in force already; one watches all groups of the job")
         if self.active:
             watch._entered += 1
-            store = store_of(group_of(None)).clone()
+            store = store_of(group_of(None)).clone()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(f"ospnext/watch/{watch._entered}", store)
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._beats, self._seen = 0, (0, time.monotonic())
