@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,11 @@ def share(
 ) -> Share:
     ssp, group = shape
     plans, tokens = fullest(config, work, ssp, group, where)
-    kinds = Counter(zip(config.block_kinds, (plan.exchange is not None for plan in plans), strict=True))
     alone = 0.0
-    with patch.object(ulysses, "all_to_all", handed_back), patch.object(exchange, "all_to_all", handed_back):
-        for (kind, leaves), count in kinds.items():
-            of_kind = zip(config.block_kinds, plans, strict=True)
-            plan = next(p for k, p in of_kind if k == kind and (p.exchange is not None) == leaves)
-            alone += count * milliseconds(block, config, plan, repeats, where)
-    _known.clear()
+    with through(handed_back):
+        for plan, count in distinct(config, plans):
+            alone += count * timed(blocks_in_order(block, config, [plan], where), where, repeats=repeats).median
+    known.clear()
     traffic = forward_traffic(config, work.grid, ssp, group)
     exchanges = sum(exchanging(transfer, range(ssp * group), link).total for transfer in traffic.transfers)
     return Share(work, variant, ssp, group, tokens, alone, 1e3 * exchanges)
@@ -142,25 +140,49 @@ def _alone(plan: BlockPlan) -> BlockPlan:
     return replace(plan, ulysses=None, exchange=None)
 
 
-_known: dict[Any, Tensor] = {}
+known: dict[Any, Tensor] = {}
 
 
 def handed_back(x: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], group: Any = None) -> Tensor:
     """Random numbers in the shape of what would arrive, drawn once."""
     key = (sum(receive_splits), *x.shape[1:]), x.dtype
     x.contiguous()  # what a collective would read
-    if key not in _known:
-        _known[key] = torch.randn(key[0], device=x.device).to(x.dtype)
-    return _known[key]
+    if key not in known:
+        known[key] = torch.randn(key[0], device=x.device).to(x.dtype)
+    return known[key]
 
 
-def milliseconds(block: Block, config: TransformerConfig, plan: BlockPlan, repeats: int, where: torch.device) -> float:
-    tokens = len(plan.cos)
-    x_BNC = torch.randn(1, tokens, config.dim, device=where, dtype=torch.bfloat16)
+@contextmanager
+def through(all_to_all: Callable[..., Tensor]) -> Iterator[None]:
+    """The exchanges of a model are made by this function meanwhile."""
+    with patch.object(ulysses, "all_to_all", all_to_all), patch.object(exchange, "all_to_all", all_to_all):
+        yield
+
+
+def distinct(config: TransformerConfig, plans: Sequence[BlockPlan]) -> list[tuple[BlockPlan, int]]:
+    """A plan of each kind of block, with how many blocks are of it; what sends its tokens away is a kind of its own."""
+    kinds = [(kind, plan.exchange is not None, plan) for kind, plan in zip(config.block_kinds, plans, strict=True)]
+    first = {(kind, leaves): plan for kind, leaves, plan in reversed(kinds)}
+    return [(first[key], count) for key, count in Counter((kind, leaves) for kind, leaves, _ in kinds).items()]
+
+
+def blocks_in_order(
+    block: Block, config: TransformerConfig, plans: Sequence[BlockPlan], where: torch.device
+) -> Callable[[], Tensor]:
+    """A call of blocks with these plans, all with the parameters of `block`, and of the exchange after each."""
+    x_BNC = torch.randn(1, len(plans[0].cos), config.dim, device=where, dtype=torch.bfloat16)
     time_B6C = torch.randn(1, 6, config.dim, device=where)
     text_shape = (1, config.text_len, config.num_heads, config.head_dim)
     keys_values = tuple(torch.randn(text_shape, device=where, dtype=torch.bfloat16) for _ in range(2))
-    return timed(lambda: block(x_BNC, time_B6C, keys_values, plan), where, repeats=repeats).median
+
+    def run() -> Tensor:
+        out = x_BNC
+        for plan in plans:
+            out = block(out, time_B6C, keys_values, plan)
+            out = out if plan.exchange is None else plan.exchange(out)
+        return out
+
+    return run
 
 
 def report(found: list[Share], link: Device, where: torch.device) -> Iterator[str]:

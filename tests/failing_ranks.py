@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from threading import Timer
 from types import SimpleNamespace
 
 import torch
@@ -23,19 +24,20 @@ STEPS = 3
 def step(x):
     """A step of training in small: an exchange in the forward pass and one in the backward pass, then a sum."""
     ranks = dist.get_world_size()
-    weight = torch.ones(x.shape[1], requires_grad=True)
+    weight = torch.ones(x.shape[1], device=x.device, requires_grad=True)
     collective.all_to_all(x * weight, [1] * ranks, [1] * ranks).sum().backward()
     return collective.all_reduce(weight.grad)
 
 
-def steps(fault, timeout, broken=-1):
-    """Steps under watch, of which that of rank `broken` has a fault; a rank may end by itself or be ended."""
+def steps(fault, timeout, broken=-1, device="cpu"):
+    """Steps under watch, of which that of rank `broken` has a fault; a rank may end by itself or be ended. Each step
+    ends when the device is done with it."""
     broken %= dist.get_world_size()
     with collective.watch(timeout=timeout):
         for number in range(1_000_000):
             if dist.get_rank() == broken and number == STEPS:
                 FAULTS[fault]()
-            step(torch.ones(dist.get_world_size(), 3))
+            step(torch.ones(dist.get_world_size(), 3, device=device)).sum().item()
 
 
 def done(seconds):
@@ -57,6 +59,13 @@ def late_on_its_device(timeout):
             watch.enter("0", "all_gather")
             watch.leave("0", torch.device("meta"))
         time.sleep(60)
+
+
+def late_under_a_watchdog(timeout):
+    """The same, where the transport ends the process of rank 0 at its timeout, as NCCL does."""
+    if dist.get_rank() == 0:
+        Timer(timeout, os.abort).start()
+    late_on_its_device(timeout)
 
 
 def killed():

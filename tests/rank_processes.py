@@ -45,11 +45,13 @@ def run_ranks(
     limit: float = LIMIT,
     environ: Mapping[int, Mapping[str, str]] | None = None,
     missing: int = 0,
+    device_type: str = "cpu",
 ) -> list[Ended]:
     """Call `function(*arguments)` on each rank of a group whose collectives give up after `timeout` seconds.
 
-    `environ` holds further variables by rank. The group has `missing` more ranks, which are not started. Both
-    `function` and what it returns travel between processes."""
+    Each has a device of its own, of another type than "cpu". `environ` holds further variables by rank. The group has
+    `missing` more ranks, which are not started. Both `function` and what it
+    returns travel between processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "ospnext.ops", "rank_processes"])
     with socket.socket() as probe:
@@ -60,7 +62,10 @@ def run_ranks(
         processes = [
             context.Process(
                 target=_serve,
-                args=(folder, rank, world, port, timeout, dict((environ or {}).get(rank, {})), function, arguments),
+                args=(
+                    *(folder, rank, world, port, timeout, device_type),
+                    *(dict((environ or {}).get(rank, {})), function, arguments),
+                ),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -108,6 +113,7 @@ def _serve(
     world: int,
     port: int,
     timeout: float,
+    device_type: str,
     environ: dict[str, str],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -117,7 +123,7 @@ def _serve(
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **environ}
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device_type == "cpu" else _transport_of_own_device(device_type, rank),
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world,
@@ -131,3 +137,11 @@ def _serve(
         sys.exit(1)
     Path(f"{folder}/{rank}.result").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+
+
+def _transport_of_own_device(device_type: str, rank: int) -> str:
+    from ospnext.ops.device import device_of_rank
+    from ospnext.parallel.mesh import transports
+
+    device_of_rank(torch.device(device_type), rank)
+    return transports(device_type)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import re
 import signal
 import socket
+from types import SimpleNamespace
 
 import failing_ranks
 import pytest
+import torch
+import torch.distributed as dist
 from rank_processes import Ended, results, run_ranks
+
+from ospnext.ops import collective_watch
+from ospnext.ops.group_store import store_of
 
 #: Seconds that a collective may take.
 TIMEOUT = 2.0
@@ -94,6 +101,44 @@ def test_a_collective_that_a_device_does_not_finish_is_named() -> None:
         )
         assert re.search(r"is not done after \d\.\d s: rank 1 is not in it", one.stderr)
         assert "rank 1: all_reduce, its collective 3 of the group: left it" in one.stderr
+
+
+def test_a_late_device_is_told_before_its_transport_ends_the_process() -> None:
+    first, _ = all_end(failing_ranks.late_under_a_watchdog, 2, 2 * TIMEOUT, timeout=60.0)
+    assert first.exit_code == -signal.SIGABRT
+    assert re.search(r"rank 0 is ended, .* rank 0: all_gather, collective 4 of its group, is not done", first.stderr)
+    assert first.stderr.count("is ended") == 1
+
+
+def test_a_device_is_asked_as_the_current_one(monkeypatch) -> None:
+    """By a thread that has none: it would open the first device of the host, on every rank."""
+    current = []
+
+    @contextlib.contextmanager
+    def device(asked):
+        current.append(asked)
+        yield
+        current.remove(asked)
+
+    def event():
+        return SimpleNamespace(record=lambda stream: None, query=lambda: current == [torch.device("cuda", 1)])
+
+    module = SimpleNamespace(Event=event, current_stream=lambda device: None, device=device)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert collective_watch._event_behind(torch.device("cuda", 1)).query()
+    assert not current
+
+
+def test_the_store_of_a_group_that_does_not_know_it(monkeypatch) -> None:
+    """As groups of torch_npu: PyTorch has noted it beside them."""
+
+    class Group:
+        def get_group_store(self):
+            return None
+
+    group = Group()
+    monkeypatch.setitem(dist.distributed_c10d._world.pg_map, group, ("hccl", "the store"))
+    assert store_of(group) == "the store"
 
 
 def test_ranks_may_be_done_at_different_times() -> None:

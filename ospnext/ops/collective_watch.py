@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ospnext.errors import CollectiveError
-from ospnext.ops.group_store import meet, names_of
+from ospnext.ops.group_store import group_of, meet, names_of, store_of
 
 _STORE_IS_GONE = "the store of the job, in the process of rank 0 or of the launcher, does not answer"
 
@@ -74,6 +74,9 @@ class watch:
         self.period = min(1.0, timeout / 10) if period is None else period
         #: Seconds that a rank is given to end by itself.
         self.parting = min(5.0, timeout)
+        #: Seconds that a device may take. Then there is time to find out who is where, and to say so, before the
+        #: watchdog of its transport, whose timeout is the same, ends the process.
+        self.on_device = max(0.5 * timeout, timeout - max(0.1 * timeout, 5 * self.period))
         self.active = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._places: dict[str, Place] = {}
         #: Calls on a device that it had not finished when last asked: (place, group, event behind it).
@@ -86,7 +89,7 @@ class watch:
             raise RuntimeError("a watch is in force already; one watches all groups of the job")
         if self.active:
             watch._entered += 1
-            store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+            store = store_of(group_of(None)).clone()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(f"ospnext/watch/{watch._entered}", store)
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._beats, self._seen = 0, (0, time.monotonic())
@@ -224,7 +227,7 @@ class watch:
             self._queued.popleft()
         now = time.monotonic()
         # On a device, before the watchdog of its transport ends the process; on the host, after the transport raised.
-        late = [(place, group) for place, group, _ in list(self._queued)[:1] if now - place.since > 0.9 * self.timeout]
+        late = [(place, group) for place, group, _ in list(self._queued)[:1] if now - place.since > self.on_device]
         late += [
             (place, group)
             for group, place in list(self._places.items())
@@ -251,13 +254,18 @@ class watch:
 
     def _end(self, cause: str) -> None:
         """The end of this process, unless it comes by itself. It still lives until then, and says so."""
+        text = f"ospnext: rank {self._rank} is ended, since the job cannot go on. {cause}"
+        waits_for_device = bool(self._queued)
+        if waits_for_device:  # it has no error of its own to print, and its transport may end it at any moment
+            print(text, file=sys.stderr, flush=True)
         last = time.monotonic() + self.parting
         while time.monotonic() < last:
             if self._stop.wait(self.period):
                 return
             with contextlib.suppress(RuntimeError):  # the store may be what is gone
                 self._beat()
-        print(f"ospnext: rank {self._rank} is ended, since the job cannot go on. {cause}", file=sys.stderr, flush=True)
+        if not waits_for_device:
+            print(text, file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self.parting)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -276,7 +284,19 @@ def _event_behind(device: torch.device) -> Any:
         return None
     event = module.Event()
     event.record(module.current_stream(device))
-    return event
+    return _AskedElsewhere(event, device)
+
+
+class _AskedElsewhere(NamedTuple):
+    """An event that another thread asks, which has no device yet: on the first one it would take memory."""
+
+    event: Any
+    device: torch.device
+
+    def query(self) -> bool:
+        module: Any = torch.get_device_module(self.device)
+        with getattr(module, "device", contextlib.nullcontext)(self.device):
+            return self.event.query()
 
 
 def _first_line(error: BaseException) -> str:

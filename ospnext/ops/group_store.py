@@ -27,7 +27,7 @@ def meet(topic: str, value: str, group: ProcessGroup | None, timeout: float) -> 
         CollectiveError: ranks did not come within `timeout` seconds, or the store is gone; it names them.
     """
     group = group_of(group)
-    store, rank, ranks = group.get_group_store(), group.rank(), group.size()
+    store, rank, ranks = store_of(group), group.rank(), group.size()
     place = (tuple(dist.get_process_group_ranks(group)), group.group_name, topic)
     _held[place] += 1
     keys = [f"ospnext/{topic}/{_held[place]}/{rank}" for rank in range(ranks)]
@@ -48,6 +48,12 @@ def group_of(group: ProcessGroup | None) -> ProcessGroup:
     if found is None:
         raise ValueError("torch.distributed is not set up: call torch.distributed.init_process_group first")
     return found
+
+
+def store_of(group: ProcessGroup) -> Store:
+    """Through which its ranks found each other. Groups that torch_npu makes do not know it; PyTorch's table does."""
+    store = group.get_group_store()
+    return dist.distributed_c10d._get_process_group_store(group) if store is None else store
 
 
 def names_of(ranks: list[int]) -> str:

@@ -1,0 +1,418 @@
+"""Ranks that share one video, measured: blocks with the exchanges that rank_share.py predicts.
+
+    torchrun --nproc-per-node 2 benchmarks/ranks_measured.py --resolution 720p,768p --out FILE
+    OSPNEXT_BACKEND=reference torchrun --nproc-per-node 2 benchmarks/ranks_measured.py --tiny     # on a CPU, in seconds
+
+Every legal layout of the ranks that torchrun starts, and the model on one rank, which all of them run at the same time.
+Each kind of block is timed from a meeting of the ranks' devices on, by the device's own clock, as it is and with
+exchanges that hand back memory which was there before, in turns. Each exchange in it has a time of its own."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rank_share import blocks_in_order, distinct, fullest, handed_back, known, through
+
+from ospnext.bench.measure import release
+from ospnext.bench.report import table
+from ospnext.bench.variants import dense
+from ospnext.bench.versions import versions
+from ospnext.bench.weights import random_block
+from ospnext.bench.workload import Workload, workload
+from ospnext.cli.ranks import Ranks, ranks_of_command
+from ospnext.generation.backend_choice import chosen_backend
+from ospnext.models.config import TransformerConfig
+from ospnext.models.layers import Block
+from ospnext.models.layout import BlockPlan
+from ospnext.models.parallelize import divisible
+from ospnext.models.rank_layout import rank_layout
+from ospnext.models.traffic import forward_traffic
+from ospnext.ops import collective
+from ospnext.ops.device import Device as Surface
+from ospnext.ops.group_store import meet
+from ospnext.parallel.config import ALONE, ParallelConfig, legal
+from ospnext.parallel.exchange import Payload
+from ospnext.parallel.mesh import Mesh, transports
+from ospnext.parallel.wire import Transfer, gathered
+from ospnext.planning.devices import Device, device
+from ospnext.planning.step_time import exchanging
+
+#: Seconds that a rank may wait for another one.
+TIMEOUT = 120.0
+#: Timed calls of an exchange alone.
+CALLS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    work: Workload
+    variant: str
+    layout: ParallelConfig
+    payload: Payload = "plain"
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.work.config if self.variant == "osp" else dense(self.work.config)
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Those of the blocks of one forward."""
+        ssp, group = self.layout.ssp, self.layout.ulysses
+        traffic = forward_traffic(self.config, self.work.grid, ssp, group, payload=self.payload)
+        return tuple(itertools.chain(*traffic.blocks))
+
+    @property
+    def name(self) -> str:
+        payload = "" if self.payload == "plain" else f", payload {self.payload}"
+        return f"{self.variant}, {self.layout.ssp} x {self.layout.ulysses}{payload}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one kind of block, `count` of which a forward has: milliseconds by rank and repeat. `exchanges` has those of
+    each exchange of the block in addition, in order."""
+
+    count: int
+    alone: Sequence[Sequence[float]]
+    whole: Sequence[Sequence[float]]
+    exchanges: Sequence[Sequence[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a forward. The slowest rank counts for `alone` and `whole`, block by block. An exchange lasts on
+    a rank from when it is ready to send, and so the shortest time of all ranks is that of moving bytes (`moving`): it
+    is of the rank that waits for no other. `exchanging` is what the mean rank spends in exchanges, waiting included.
+    `in_order` is a forward of all blocks in their order, 0 where none was run."""
+
+    case: Case
+    alone: float
+    whole: float
+    exchanging: float
+    moving: float
+    in_order: float
+    predicted: float
+
+    @property
+    def hidden(self) -> float:
+        """The most that computing meanwhile could save, as a part of the whole."""
+        return (self.whole - self.alone) / self.whole
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An exchange alone: milliseconds, and bytes that the busiest rank sends or receives."""
+
+    name: str
+    busiest: int
+    milliseconds: float
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Here:
+    """This rank's device, the group of all ranks in which tensors of devices travel, and the link of predictions."""
+
+    where: torch.device
+    everyone: dist.ProcessGroup
+    link: Device
+
+    def predicted(self, transfers: Sequence[Transfer], ranks: int) -> float:
+        """Milliseconds."""
+        return 1e3 * sum(exchanging(transfer, range(ranks), self.link).total for transfer in transfers)
+
+
+class Stopwatch:
+    """Stamps by the device's own clock; their differences can be read once all is done."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._surface, self._module = Surface(where), torch.get_device_module(where)
+
+    def stamp(self) -> Any:
+        if self._surface.is_cpu:
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def done(self) -> None:
+        self._surface.synchronize()
+
+    @staticmethod
+    def between(start: Any, end: Any) -> float:
+        """Milliseconds."""
+        return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="14b", help="(default: 14b)")
+    parser.add_argument("--resolution", default="720p,768p", help="(default: 720p,768p)")
+    parser.add_argument("--link", default="h200", help="a device of ospnext plan, for its links (default: h200)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each block (default: 3)")
+    parser.add_argument("--tiny", action="store_true", help="a model for a CPU")
+    parser.add_argument("--out", type=Path, help="write the result here too, after each case")
+    arguments = parser.parse_args()
+    works = [workload(arguments.preset, resolution) for resolution in arguments.resolution.split(",")]
+    if arguments.tiny:
+        works = [workload("tiny", "96x128", 9)]
+    with ranks_of_command() as ranks, chosen_backend(None) as kind, torch.no_grad():
+        if ranks.world is None:
+            parser.error("start this with torchrun --nproc-per-node 2, or more: see the top of the file")
+        where = ranks.device(kind)
+        with ranks.in_step():
+            ranks.agree({}, where)
+        with ranks.watched(TIMEOUT):
+            text = run(works, arguments, device(arguments.link), ranks, where)
+            ranks.wait_for_all()
+    ranks.say(text)
+
+
+def run(
+    works: Sequence[Workload], arguments: argparse.Namespace, link: Device, ranks: Ranks, where: torch.device
+) -> str:
+    """The report of the first rank, which has written it by then."""
+
+    @functools.cache
+    def mesh(layout: ParallelConfig, payload: Payload) -> Mesh:
+        made = ranks.mesh(layout, where, TIMEOUT, payload)
+        assert made is not None
+        return made
+
+    assert ranks.world is not None
+    # The default group is that in which ranks have found each other, on the host.
+    everyone = dist.new_group(timeout=datetime.timedelta(seconds=TIMEOUT), backend=transports(where.type))
+    here = Here(where, everyone, link)
+    found: list[Measured] = []
+    moved: list[Moved] = []
+    text = ""
+    for work in works:
+        block = random_block(work.config, where).eval()
+        for case in cases(work, ranks.world):
+            shared = None if case.layout == ALONE else mesh(case.layout, case.payload)
+            found.append(measured(case, block, shared, arguments.repeats, here))
+            release()
+            if shared is not None:
+                timed = {(m.name, m.busiest) for m in moved}
+                few_bytes = gathered("16 bytes", ranks.world, 16)
+                new = [t for t in dict.fromkeys((few_bytes, *case.transfers)) if (t.name, busiest(t)) not in timed]
+                moved += [alone(t, here) for t in new]
+            if ranks.first:
+                text = "\n".join(report(found, moved, link, ranks.world, where)) + "\n"
+                if arguments.out:
+                    arguments.out.write_text(text)
+    return text
+
+
+def cases(work: Workload, world: int) -> Iterator[Case]:
+    for variant, config in (("osp", work.config), ("dense", dense(work.config))):
+        yield Case(work, variant, ALONE)
+        for layout in legal(divisible(config), world):
+            if layout.sequence == world:
+                yield Case(work, variant, layout)
+                if layout.ssp > 1:
+                    yield Case(work, variant, layout, "hif8")
+
+
+# ---- a forward
+
+
+def measured(case: Case, block: Block, mesh: Mesh | None, repeats: int, here: Here) -> Measured:
+    config, work, where = case.config, case.work, here.where
+    if mesh is None:
+        plans, _ = fullest(config, work, 1, 1, where)
+    else:
+        assert mesh.sequence is not None
+        shape = (config.block_kinds, config.sparse_ratio, work.grid, 1, config.rope_pairs, torch.float32)
+        plans = rank_layout(*shape, where, mesh.sequence).blocks
+    times = [of_kind(block, config, plan, count, repeats, here) for plan, count in distinct(config, plans)]
+    in_order = 0.0
+    if mesh is not None:
+        forward = blocks_in_order(block, config, plans, where)
+        in_order = max(of_rank[0][0] for of_rank in told(of_call(forward, 1, here)))
+    predicted = here.predicted(case.transfers, case.layout.world)
+    return Measured(case, *summed(times), in_order=in_order, predicted=predicted)
+
+
+def of_kind(block: Block, config: TransformerConfig, plan: BlockPlan, count: int, repeats: int, here: Here) -> Times:
+    call = blocks_in_order(block, config, [plan], here.where)
+
+    def without() -> Tensor:
+        with through(handed_back):
+            return call()
+
+    for warm_up in (without, call):
+        warm_up()
+    rounds = [(of_call(without, 1, here), of_call(call, 1, here)) for _ in range(repeats)]
+    known.clear()
+    by_rank = told(rounds)
+    return Times(
+        count,
+        [[alone[0][0] for alone, _ in of_rank] for of_rank in by_rank],
+        [[whole[0][0] for _, whole in of_rank] for of_rank in by_rank],
+        [[whole[0][1:] for _, whole in of_rank] for of_rank in by_rank],
+    )
+
+
+def of_call(call: Callable[[], object], repeats: int, here: Here) -> list[list[float]]:
+    """Of each repeat the milliseconds of the call, and then those of each exchange in it."""
+    watch, found = Stopwatch(here.where), []
+    real = collective.all_to_all
+
+    def clocked(*arguments: Any, **named: Any) -> Any:
+        start = watch.stamp()
+        arrived = real(*arguments, **named)
+        spans.append((start, watch.stamp()))
+        return arrived
+
+    for _ in range(repeats):
+        spans: list[tuple[Any, Any]] = []
+        collective.all_reduce(
+            torch.zeros(1, device=here.where), group=here.everyone
+        )  # the devices meet, not only the processes
+        with through(clocked):
+            start = watch.stamp()
+            call()
+            end = watch.stamp()
+        watch.done()
+        found.append([watch.between(*span) for span in ((start, end), *spans)])
+    return found
+
+
+def summed(times: Sequence[Times]) -> tuple[float, float, float, float]:
+    """`alone`, `whole`, `exchanging` and `moving` of all blocks."""
+    total = [0.0] * 4
+    for kind in times:
+        exchanges = [[list(of_repeat) for of_repeat in zip(*of_rank, strict=True)] for of_rank in kind.exchanges]
+        of_block = (
+            slowest(kind.alone),
+            slowest(kind.whole),
+            sum(over_ranks(statistics.fmean, by_rank) for by_rank in zip(*exchanges, strict=True)),
+            sum(over_ranks(min, by_rank) for by_rank in zip(*exchanges, strict=True)),
+        )
+        total = [t + kind.count * ms for t, ms in zip(total, of_block, strict=True)]
+    return total[0], total[1], total[2], total[3]
+
+
+def slowest(by_rank: Sequence[Sequence[float]]) -> float:
+    return over_ranks(max, by_rank)
+
+
+def over_ranks(join: Callable[[Sequence[float]], float], by_rank: Sequence[Sequence[float]]) -> float:
+    """The median over repeats of what is joined over ranks."""
+    return statistics.median(join(of_repeat) for of_repeat in zip(*by_rank, strict=True))
+
+
+# ---- an exchange
+
+
+def alone(transfer: Transfer, here: Here) -> Moved:
+    """As many bytes as the model sends, and as many again that stay, in rows of one byte."""
+    ranks, rank = len(transfer.matrix), dist.get_rank(here.everyone)
+    matrix = [list(row) for row in transfer.matrix]
+    for i in range(ranks):
+        matrix[i][i] = max(matrix[i])
+    send, receive = matrix[rank], [row[rank] for row in matrix]
+    x = torch.zeros(sum(send), dtype=torch.uint8, device=here.where)
+    times = of_call(lambda: collective.all_to_all(x, send, receive, here.everyone), 2 + CALLS, here)[2:]
+    by_rank = [[repeat[0] for repeat in of_rank] for of_rank in told(times)]
+    return Moved(transfer.name, busiest(transfer), over_ranks(min, by_rank), here.predicted([transfer], ranks))
+
+
+def busiest(transfer: Transfer) -> int:
+    return max(*transfer.sent, *transfer.received)
+
+
+def told(value: Any) -> list[Any]:
+    """What every rank has found, as JSON types."""
+    return [json.loads(text) for text in meet("found", json.dumps(value), None, TIMEOUT)]
+
+
+# ---- the report
+
+
+def report(
+    found: Sequence[Measured], moved: Sequence[Moved], link: Device, world: int, where: torch.device
+) -> Iterator[str]:
+    said = versions(where)
+    yield from ("# Ranks that share a video, measured", "")
+    yield f"{found[0].case.work.preset}, bf16, one forward of one sample, without embeddings and head; {world} ranks."
+    yield f"{said.get('device_name', where)}, backend {said['backend']}, torch {torch.__version__}. Milliseconds."
+    yield "The slowest rank of each block counts: `alone` with exchanges that hand back memory, `whole` with real ones;"
+    yield "`in order` is one run of all blocks. `in exchanges` is the mean rank, which also waits there, and `moving`"
+    yield "the rank that waits for no other."
+    yield f"Predicted: {link.link_gbs.value:g} GB/s each way ({link.link_gbs.how}), of which"
+    yield f"{link.link_reached.value:.0%} ({link.link_reached.how}), and {link.link_latency_us.value:g} us an exchange"
+    yield f"({link.link_latency_us.how})."
+    head = ["video", "model, ssp x ulysses", "ranks", "alone", "whole", "in order", "in exchanges", "moving"]
+    head += ["predicted", "GB", "GB/s", "times one rank", "times dense", "overlap saves at most"]
+    for work in dict.fromkeys(m.case.work for m in found):
+        of_work = [m for m in found if m.case.work == work]
+        yield from ("", *table(head, [row(m, of_work) for m in of_work]))
+    shared = [m for m in found if m.case.layout != ALONE]
+    if not shared:
+        return
+    yield from ("", *overlap(shared))
+    yield from ("", "Exchanges alone, as many bytes as the model sends; the busiest rank counts.", "")
+    body = [
+        [
+            m.name,
+            *numbers(m.busiest / 1e6),
+            *numbers(m.milliseconds, m.predicted, form=".3f"),
+            rate(m.busiest, m.milliseconds),
+        ]
+        for m in moved
+    ]
+    yield from table(["exchange", "MB", "ms", "predicted ms", "GB/s"], body)
+
+
+def row(m: Measured, of_work: Sequence[Measured]) -> list[str]:
+    case = m.case
+    size = [case.work.resolution, case.name, str(case.layout.world)]
+    one = next((o for o in of_work if o.case.variant == case.variant and o.case.layout == ALONE), None)
+    # Of several layouts of the dense model the best.
+    same = [o.whole for o in of_work if o.case.variant == "dense" and o.case.layout.world == case.layout.world]
+    gains = ["" if one is None else f"{one.whole / m.whole:.2f}", f"{min(same) / m.whole:.2f}" if same else ""]
+    if case.layout == ALONE:
+        return [*size, *numbers(m.alone, m.whole), *[""] * 6, *gains, ""]
+    times = numbers(m.alone, m.whole, m.in_order, m.exchanging, m.moving, m.predicted, form=",.2f")
+    sent = sum(map(busiest, case.transfers))
+    return [*size, *times, *numbers(sent / 1e9), rate(sent, m.moving), *gains, f"{m.hidden:.1%}"]
+
+
+def overlap(shared: Sequence[Measured]) -> Iterator[str]:
+    plain = [m for m in shared if m.case.payload == "plain"]
+    most, moving = max(plain, key=lambda m: m.hidden), max(plain, key=lambda m: m.moving / m.whole)
+    yield "Computing while exchanges are on their way could save (whole - alone) / whole at most, the last column:"
+    yield f"{most.hidden:.1%} in {most.case.name} at {most.case.work.resolution}, and less in the others with a plain"
+    yield "payload. That is a difference of two measurements. Bytes themselves move for at most"
+    yield f"{moving.moving / moving.whole:.1%} of the whole ({moving.case.name} at {moving.case.work.resolution})."
+
+
+def numbers(*values: float, form: str = ",.2f") -> list[str]:
+    return [format(value, form) for value in values]
+
+
+def rate(moved: int, milliseconds: float) -> str:
+    return f"{moved / milliseconds / 1e6:.3g}" if milliseconds else ""
+
+
+if __name__ == "__main__":
+    main()
