@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ptx import INTERPRETED
+from .ptx import INTERPRETED, widened
 
 
 @triton.jit
@@ -52,11 +52,11 @@ def carry(x, scale, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
 
 @triton.jit
 def carry_quotient(x, scale, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
-    """`carry` of x / scale, of fp32 numbers and one positive scale."""
+    """`carry` of x / scale, of floating-point numbers and one positive scale."""
     if BELOW_16 and SHIFT == 4 and not INTERPRETED:
         number = _carry_below_16(x, scale)
     else:
-        number = carry(divide(x, scale), scale, SHIFT, BELOW_16)
+        number = carry(divide(widened(x), scale), scale, SHIFT, BELOW_16)
     return number
 
 
@@ -64,23 +64,34 @@ def carry_quotient(x, scale, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
 def _carry_below_16(x, scale):
     """The same in a third of the instructions, for quotients below 16 and a shift of 4.
 
-    As in `divide`, 16 times the quotient; a scale that makes no quotient of 16 is far from the ends of fp32. Of that
-    its 11 leading bits suffice, since halves go away from zero: two numbers of 16 bits share a register from here on.
-    """
-    inverse, minus_divisor = tl.div_rn(16.0, scale), scale * -0.0625
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(quotient, minus_divisor, x), inverse, quotient)
+    Of 16 times the quotient its 11 leading bits suffice, since halves go away from zero: two numbers of 16 bits share a
+    register from there on."""
     nan = tl.where(scale == scale, 0, 0x7F7F7F7F)  # of four numbers
     return tl.inline_asm_elementwise(
-        _FOUR_TO_E4M3, "=r,f,f,f,f,r,r,r,r", [quotient, nan], dtype=tl.uint8, is_pure=True, pack=4
+        _FOUR_TO_E4M3, "=r,f,f,f,f,r,r,r,r", [_sixteen_quotients(x, scale), nan], dtype=tl.uint8, is_pure=True, pack=4
     )
+
+
+@triton.jit
+def _sixteen_quotients(x, scale):
+    """16 x / scale. Of numbers of up to 11 bits rounded such that it is on the side of every half of HiFloat8 on which
+    the quotient of IEEE is (of all scales and halves, tried one by one); of others as in `divide`.
+    """
+    wide, inverse = widened(x), tl.div_rn(16.0, scale)
+    rest = tl.fma(scale * -0.0625, inverse, 1.0) * inverse
+    if x.dtype != tl.float32 and scale < 1e30:  # so that the rest is not subnormal
+        quotient = tl.fma(wide, inverse, wide * rest)
+    else:
+        quotient = wide * inverse
+        quotient = tl.fma(tl.fma(quotient, scale * -0.0625, wide), inverse, quotient)
+    return quotient
 
 
 # Of 16-bit floats v: `fine` has all bits of each half set where |v| < 2 and so less than three bits of mantissa are
 # kept, `small` where |v| < 1/8 and one is. Half a step is bit 6, 7 or 8 of v; all below the last kept bit go.
 _FOUR_TO_E4M3: tl.constexpr = tl.constexpr(
     """{
-    .reg .b32 v<2>, size<2>, fine<2>, small<2>, half<2>, two, eighth;
+    .reg .b32 v<2>, size<2>, fine<2>, small<2>, half<2>, below<2>, two, eighth;
     .reg .b16 pair<2>;
     mov.b32 two, 0x40004000;
     mov.b32 eighth, 0x30003000;
@@ -94,10 +105,9 @@ _FOUR_TO_E4M3: tl.constexpr = tl.constexpr(
     mov.b32 half{i}, 0x00400040;
     lop3.b32 half{i}, fine{i}, 0x00c000c0, half{i}, 0x6a;  // (a & b) ^ c
     lop3.b32 half{i}, small{i}, 0x01800180, half{i}, 0x6a;
+    mad.lo.u32 below{i}, half{i}, 2, 0xfffeffff;  // of each half, 2 half - 1
     add.u32 v{i}, v{i}, half{i};
-    and.b32 v{i}, v{i}, 0xff80ff80;
-    lop3.b32 v{i}, fine{i}, 0x00800080, v{i}, 0x2a;  // c & ~(a & b)
-    lop3.b32 v{i}, small{i}, 0x01000100, v{i}, 0x2a;
+    lop3.b32 v{i}, v{i}, below{i}, 0, 0x30;  // a & ~b
     cvt.rn.satfinite.e4m3x2.f16x2 pair{i}, v{i};
 """
         for i in range(2)

@@ -12,7 +12,7 @@ from ospnext.numerics.scaling import Granularity, ScaleMode
 
 from .ptx import exp2, larger_magnitude, reciprocal, widened
 from .row_quantize import End, amax_in, codes_of, own_scale, quantized
-from .rows import PIECE, ROW_REGISTERS, SMALLEST, chunks, new, read, row_of, stream, warps, write
+from .rows import PIECE, SMALLEST, chunks, new, place, read, row_of, stream, warps, write
 
 #: 2 sqrt(2 / pi), and that times 0.044715.
 _LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
@@ -51,9 +51,8 @@ def gelu_tanh_quantize(
             CHUNK=chunk,
             CHUNKS=count,
             FULL=channels // chunk,
-            num_warps=warps(chunk, 256),
-            # The compiler would take registers that leave fewer programs on a multiprocessor.
-            maxnreg=ROW_REGISTERS if end.form == "row" else None,
+            ONE_SAMPLE=samples == 1,
+            num_warps=warps(chunk),
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
@@ -121,7 +120,7 @@ def _pieces(
         out = grad * (gate + out * rest * (_LINEAR + 3 * _CUBIC * x * x))
     out = out.to(x_ptr.dtype.element_ty)
     if scale_ptr is not None:
-        out = codes_of(widened(out), tl.load(scale_ptr), table_ptr, SHIFT, BELOW_16)
+        out = codes_of(out, tl.load(scale_ptr), table_ptr, SHIFT, BELOW_16)
     tl.store(row_of(out_ptr, 0, row, 0, channels) + column, out, mask=inside)
 
 
@@ -144,10 +143,12 @@ def _rows(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
 ):
     row = tl.program_id(0)
+    sample, token = place(row, tokens, ONE_SAMPLE)
     column = tl.arange(0, CHUNK)
-    start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
+    start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     largest = tl.zeros([CHUNK], x_ptr.dtype.element_ty)
     kept = ()  # rounded: that is what is quantized, and half the registers of fp32
     for i in tl.static_range(CHUNKS):
@@ -162,5 +163,5 @@ def _rows(
         scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
-            codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
+            codes = codes_of(kept[i], scale, table_ptr, SHIFT, BELOW_16)
             write(row_of(codes_ptr, 0, row, 0, channels) + at, codes, at < channels, i < FULL)

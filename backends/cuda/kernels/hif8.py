@@ -104,7 +104,7 @@ def _quantize(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    x = widened(tl.load(x_ptr + at, mask=inside, other=0.0))
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
     if ONE:
         scale = tl.load(scale_ptr)
     else:
@@ -113,6 +113,7 @@ def _quantize(
     if ONE and SHIFT is not None:
         found = carry_quotient(x, scale, SHIFT, BELOW_16)
     else:
+        x = widened(x)
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
         found = look_up(quotient, table_ptr) if SHIFT is None else carry(quotient, scale, SHIFT, BELOW_16)
     if SCALED_BACK:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ospnext.numerics.scaling import ScaleMode
 
-from .ptx import larger_magnitude, widened
+from .ptx import larger_magnitude
 from .row_quantize import End, codes_of, own_scale, quantized
-from .rows import chunks, read, row_of, stream, warps, write
+from .rows import chunks, place, read, row_of, stream, warps, write
 
 
 def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried: bool) -> tuple[Tensor, Tensor]:
@@ -27,6 +27,7 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
             CHUNK=chunk,
             CHUNKS=count,
             FULL=channels // chunk,
+            ONE_SAMPLE=samples == 1,
             num_warps=warps(chunk, 256),
         )
 
@@ -52,10 +53,12 @@ def _quantize(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
 ):
     row = tl.program_id(0)
+    sample, token = place(row, tokens, ONE_SAMPLE)
     column = tl.arange(0, CHUNK)
-    start = row_of(x_ptr, row // tokens, row % tokens, sample_stride, token_stride)
+    start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     largest = tl.zeros([CHUNK], x_ptr.dtype.element_ty)
     kept = ()  # as it was read: half the registers of fp32
     for i in tl.static_range(CHUNKS):
@@ -66,5 +69,5 @@ def _quantize(
     scale = own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO)
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + column
-        codes = codes_of(widened(kept[i]), scale, table_ptr, SHIFT, BELOW_16)
+        codes = codes_of(kept[i], scale, table_ptr, SHIFT, BELOW_16)
         write(row_of(codes_ptr, 0, row, 0, channels) + at, codes, at < channels, i < FULL)

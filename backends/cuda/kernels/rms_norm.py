@@ -21,6 +21,7 @@ from .rows import (
     new,
     of_gradient,
     partial_sums,
+    place,
     read,
     row_of,
     stream,
@@ -79,6 +80,7 @@ def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tens
         DIM=width,
         CHUNKS=triton.cdiv(channels, height * head_dim),
         FULL=_full(channels, height, head_dim, width),
+        ONE_SAMPLE=samples == 1,
         num_warps=warps(height * width, 256),
     )
 
@@ -130,9 +132,10 @@ def _normalize(
     DIM: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    sample, token = row // tokens, row % tokens
+    sample, token = place(row, tokens, ONE_SAMPLE)
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
     start = row_of(x_ptr, sample, token, sample_stride, token_stride)
     total = tl.zeros([HEADS, DIM], tl.float32)

@@ -18,6 +18,7 @@ from ospnext.numerics.scaling import SMALLEST_AMAX, Granularity, ScaleMode, amax
 
 from .carry import carry_quotient, divide
 from .hif8 import codes_by_key, look_up
+from .ptx import widened
 from .rows import new
 
 SHIFT_OF_15 = carrier.shift_for(15.0)
@@ -98,9 +99,9 @@ def own_scale(largest, row, scale_ptr, scale_max, unit, POWER_OF_TWO: tl.constex
 
 @triton.jit
 def codes_of(y, scale, table_ptr, SHIFT: tl.constexpr, BELOW_16: tl.constexpr):
-    """Of fp32 numbers y and one scale."""
+    """Of floating-point numbers y and one scale."""
     if SHIFT is None:
-        codes = look_up(divide(y, scale), table_ptr)
+        codes = look_up(divide(widened(y), scale), table_ptr)
     else:
         codes = carry_quotient(y, scale, SHIFT, BELOW_16)
     return codes

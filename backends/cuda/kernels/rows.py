@@ -20,8 +20,6 @@ AHEAD = 90 << 10
 PIECE = 1024
 #: And at least: four for each lane of a warp, of which some instructions take several at once.
 SMALLEST = 128
-#: Of a thread in kernels whose rows become codes with a scale each.
-ROW_REGISTERS = 80
 
 
 def stream(x: Tensor) -> Tensor:
@@ -136,16 +134,29 @@ def within(x, at, channels, FULL: tl.constexpr):
 
 
 @triton.jit
+def place(row, tokens, ONE_SAMPLE: tl.constexpr):
+    """(sample, token) of a row of all samples; a division by what is not known takes 20 instructions."""
+    return (0, row) if ONE_SAMPLE else (row // tokens, row % tokens)
+
+
+@triton.jit
 def mean_of(total, count):
     """total / count, correctly rounded. A device multiplies by a rounded reciprocal otherwise, which is off by the same
     in every row and adds up in sums over tokens.
-    """
-    return tl.div_rn(total, count * 1.0)
+
+    By a reciprocal that all means of a program share, and the remainder."""
+    count = count * 1.0
+    inverse = tl.div_rn(1.0, count)
+    mean = total * inverse
+    exact = tl.fma(tl.fma(mean, -count, total), inverse, mean)
+    return tl.where(tl.abs(total) < float("inf"), exact, mean)
 
 
 @triton.jit
 def inverse_root(x):
-    """1 / sqrt(x), with two correct roundings. A device's own is further off, and by the same in all of a row, which
-    shows in sums over tokens that nearly cancel.
+    """1 / sqrt(x) to 0.8 ulp. A device's own is further off, and by the same in all of a row, which shows in sums over
+    tokens that nearly cancel: so one step of Newton's behind it.
     """
-    return tl.div_rn(1.0, tl.sqrt_rn(x))
+    root = tl.rsqrt(x)
+    better = tl.fma(root * 0.5, tl.fma(-root, x * root, 1.0), root)
+    return tl.where(x < float("inf"), better, root)
