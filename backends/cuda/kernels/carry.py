@@ -66,25 +66,14 @@ def _carry_below_16(x, scale):
 
     Of 16 times the quotient its 11 leading bits suffice, since halves go away from zero: two numbers of 16 bits share a
     register from there on."""
+    inverse, minus_divisor = tl.div_rn(16.0, scale), scale * -0.0625
+    wide = widened(x)
+    quotient = wide * inverse  # as in `divide`; a scale that makes no quotient of 16 is far from the ends of fp32
+    quotient = tl.fma(tl.fma(quotient, minus_divisor, wide), inverse, quotient)
     nan = tl.where(scale == scale, 0, 0x7F7F7F7F)  # of four numbers
     return tl.inline_asm_elementwise(
-        _FOUR_TO_E4M3, "=r,f,f,f,f,r,r,r,r", [_sixteen_quotients(x, scale), nan], dtype=tl.uint8, is_pure=True, pack=4
+        _FOUR_TO_E4M3, "=r,f,f,f,f,r,r,r,r", [quotient, nan], dtype=tl.uint8, is_pure=True, pack=4
     )
-
-
-@triton.jit
-def _sixteen_quotients(x, scale):
-    """16 x / scale. Of numbers of up to 11 bits rounded such that it is on the side of every half of HiFloat8 on which
-    the quotient of IEEE is (of all scales and halves, tried one by one); of others as in `divide`.
-    """
-    wide, inverse = widened(x), tl.div_rn(16.0, scale)
-    rest = tl.fma(scale * -0.0625, inverse, 1.0) * inverse
-    if x.dtype != tl.float32 and scale < 1e30:  # so that the rest is not subnormal
-        quotient = tl.fma(wide, inverse, wide * rest)
-    else:
-        quotient = wide * inverse
-        quotient = tl.fma(tl.fma(quotient, scale * -0.0625, wide), inverse, quotient)
-    return quotient
 
 
 # Of 16-bit floats v: `fine` has all bits of each half set where |v| < 2 and so less than three bits of mantissa are

@@ -43,7 +43,7 @@ def gelu_tanh_quantize(
             return
         x_BNC = stream(x)
         samples, tokens, channels = x_BNC.shape
-        chunk, count = chunks(channels)
+        chunk, count, num_warps = chunks(channels)
         _rows[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
@@ -52,7 +52,7 @@ def gelu_tanh_quantize(
             CHUNKS=count,
             FULL=channels // chunk,
             ONE_SAMPLE=samples == 1,
-            num_warps=warps(chunk),
+            num_warps=min(4, num_warps),
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)

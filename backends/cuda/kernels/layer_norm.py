@@ -28,7 +28,6 @@ from .rows import (
     row_of,
     stream,
     sum_three,
-    warps,
     within,
     write,
 )
@@ -95,7 +94,7 @@ def _launch_forward(
         return
     x_BNC, shift, scale = stream(x), dense(shift), dense(scale)
     samples, tokens, channels = x_BNC.shape
-    chunk, count = chunks(channels)
+    chunk, count, num_warps = chunks(channels)
     _normalize[(samples * tokens,)](
         *(x_BNC, dense(weight), dense(bias), shift, scale, out),
         *((end.scale, end.table, end.scale_max, end.unit) if end else (None, None, 1.0, 1.0)),
@@ -105,7 +104,7 @@ def _launch_forward(
         CHUNKS=count,
         FULL=channels // chunk,
         ONE_SAMPLE=samples == 1,
-        num_warps=warps(chunk, 256),
+        num_warps=num_warps,
     )
 
 

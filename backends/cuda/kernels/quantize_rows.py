@@ -10,7 +10,7 @@ from ospnext.numerics.scaling import ScaleMode
 
 from .ptx import larger_magnitude
 from .row_quantize import End, codes_of, own_scale, quantized
-from .rows import chunks, place, read, row_of, stream, warps, write
+from .rows import chunks, place, read, row_of, stream, write
 
 
 def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried: bool) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
     def run(end: End) -> None:
         x_BNC = stream(x)
         samples, tokens, channels = x_BNC.shape
-        chunk, count = chunks(channels)
+        chunk, count, num_warps = chunks(channels)
         _quantize[(samples * tokens,)](
             *(x_BNC, end.codes, end.scale, end.table, end.scale_max, end.unit),
             *(tokens, channels, *x_BNC.stride()[:2]),
@@ -28,7 +28,7 @@ def quantize_by_row(x: Tensor, scale_max: float, scale_mode: ScaleMode, carried:
             CHUNKS=count,
             FULL=channels // chunk,
             ONE_SAMPLE=samples == 1,
-            num_warps=warps(chunk, 256),
+            num_warps=num_warps,
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity="row", carried=carried)

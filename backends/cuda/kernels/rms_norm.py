@@ -27,7 +27,6 @@ from .rows import (
     stream,
     streams,
     sum_two,
-    warps,
     write,
 )
 
@@ -70,7 +69,7 @@ def _stride(angles_NP: Tensor | None) -> int:
 def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tensor, eps: float, head_dim: int) -> None:
     """Heads of `head_dim` channels, of which the last may have fewer where nothing is turned."""
     samples, tokens, channels = x_BNC.shape
-    chunk, _ = chunks(channels)
+    chunk, _, num_warps = chunks(channels)
     width = triton.next_power_of_2(head_dim)
     height = max(1, chunk // width)
     _normalize[(samples * tokens,)](
@@ -81,7 +80,7 @@ def _launch_forward(x_BNC: Tensor, weight: Tensor, cos: Any, sin: Any, out: Tens
         CHUNKS=triton.cdiv(channels, height * head_dim),
         FULL=_full(channels, height, head_dim, width),
         ONE_SAMPLE=samples == 1,
-        num_warps=warps(height * width, 256),
+        num_warps=num_warps,
     )
 
 

@@ -51,15 +51,17 @@ def partial_sums(x_BNC: Tensor, *several: int) -> Tensor:
     return new(x_BNC, *several, samples, triton.cdiv(tokens, ROWS), channels, dtype=torch.float32)
 
 
-def chunks(channels: int) -> tuple[int, int]:
-    """(channels of a chunk, chunks) of a row that a program keeps in registers from the first sum to the result.
+def chunks(channels: int) -> tuple[int, int, int]:
+    """(channels of a chunk, chunks, warps) of a program that keeps a row in registers from the first sum to the result.
 
-    A thread loads 16 bytes of bf16 of each chunk. Short chunks leave few lanes idle at the end of a row, and programs
-    of few warps let a multiprocessor load some rows while it adds up others; long rows need more threads to hold them.
+    Short chunks leave few lanes idle at the end of a row, and programs of few warps let a multiprocessor load some rows
+    while it adds up others. A thread holds four numbers of a chunk, as it reads parameters of fp32 at once; long rows
+    need more threads, and then eight, so that the chunks of a row are few.
     """
-    most = PIECE if channels <= 6 * PIECE else 2 * PIECE
-    chunk = max(SMALLEST, min(most, triton.next_power_of_2(channels)))
-    return chunk, triton.cdiv(channels, chunk)
+    if channels > 6 * PIECE:
+        return 2 * PIECE, triton.cdiv(channels, 2 * PIECE), 8
+    chunk = max(SMALLEST, min(PIECE // 2, triton.next_power_of_2(channels)))
+    return chunk, triton.cdiv(channels, chunk), chunk // SMALLEST
 
 
 def warps(block: int, lanes: int = 512) -> int:
@@ -75,7 +77,8 @@ def of_gradient(x_BNC: Tensor) -> tuple[int, int, dict[str, int]]:
     row. Shared memory holds that row and up to one behind it, which is on its way.
     """
     channels = x_BNC.shape[-1]
-    chunk, count = chunks(channels)
+    chunk = min(PIECE, triton.next_power_of_2(channels)) if channels <= 6 * PIECE else 2 * PIECE
+    count = triton.cdiv(channels, chunk)
     num_warps = min(16, triton.next_power_of_2(triton.cdiv(chunk * count, 20 * 32)))
     rows = min(2, AHEAD // (2 * channels * x_BNC.element_size()))
     return chunk, rows + 1, {"num_warps": num_warps, "maxnreg": 128}
