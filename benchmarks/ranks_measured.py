@@ -87,20 +87,21 @@ class Case:
 @dataclass(frozen=True)
 class Times:
     """Of one kind of block, `count` of which a forward has: milliseconds by rank and repeat. `exchanges` has those of
-    each exchange of the block in addition, in order."""
+    each exchange of the block in addition, in order; `takes_part`, by rank, whether it sends or receives any of it."""
 
     count: int
     alone: Sequence[Sequence[float]]
     whole: Sequence[Sequence[float]]
     exchanges: Sequence[Sequence[Sequence[float]]]
+    takes_part: Sequence[Sequence[bool]]
 
 
 @dataclass(frozen=True)
 class Measured:
     """Milliseconds of a forward. The slowest rank counts for `alone` and `whole`, block by block. An exchange lasts on
-    a rank from when it is ready to send, and so the shortest time of all ranks is that of moving bytes (`moving`): it
-    is of the rank that waits for no other. `exchanging` is what the mean rank spends in exchanges, waiting included.
-    `in_order` is a forward of all blocks in their order, 0 where none was run."""
+    a rank from when it is ready to send, and so the shortest time of all that take part is that of moving bytes
+    (`moving`): it is of the rank that waits for no other. `exchanging` is what the mean rank spends in exchanges,
+    waiting included. `in_order` is a forward of all blocks in their order, 0 where none was run."""
 
     case: Case
     alone: float
@@ -260,7 +261,8 @@ def of_kind(block: Block, config: TransformerConfig, plan: BlockPlan, count: int
 
     for warm_up in (without, call):
         warm_up()
-    rounds = [(of_call(without, 1, here), of_call(call, 1, here)) for _ in range(repeats)]
+    takes_part: list[bool] = []
+    rounds = [(of_call(without, 1, here), of_call(call, 1, here, takes_part)) for _ in range(repeats)]
     known.clear()
     by_rank = told(rounds)
     return Times(
@@ -268,22 +270,30 @@ def of_kind(block: Block, config: TransformerConfig, plan: BlockPlan, count: int
         [[alone[0][0] for alone, _ in of_rank] for of_rank in by_rank],
         [[whole[0][0] for _, whole in of_rank] for of_rank in by_rank],
         [[whole[0][1:] for _, whole in of_rank] for of_rank in by_rank],
+        told(takes_part),
     )
 
 
-def of_call(call: Callable[[], object], repeats: int, here: Here) -> list[list[float]]:
-    """Of each repeat the milliseconds of the call, and then those of each exchange in it."""
+def of_call(
+    call: Callable[[], object], repeats: int, here: Here, takes_part: list[bool] | None = None
+) -> list[list[float]]:
+    """Of each repeat the milliseconds of the call, and then those of each exchange in it; `takes_part` is filled with
+    whether this rank sends or receives any of the exchange.
+    """
     watch, found = Stopwatch(here.where), []
     real = collective.all_to_all
 
-    def clocked(*arguments: Any, **named: Any) -> Any:
+    def clocked(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Any = None) -> Any:
         start = watch.stamp()
-        arrived = real(*arguments, **named)
+        arrived = real(x, send, receive, group)
         spans.append((start, watch.stamp()))
+        me = dist.get_rank(group)
+        taking.append(sum(send) + sum(receive) > send[me] + receive[me])
         return arrived
 
     for _ in range(repeats):
         spans: list[tuple[Any, Any]] = []
+        taking: list[bool] = []
         collective.all_reduce(
             torch.zeros(1, device=here.where), group=here.everyone
         )  # the devices meet, not only the processes
@@ -293,6 +303,8 @@ def of_call(call: Callable[[], object], repeats: int, here: Here) -> list[list[f
             end = watch.stamp()
         watch.done()
         found.append([watch.between(*span) for span in ((start, end), *spans)])
+        if takes_part is not None:
+            takes_part[:] = taking
     return found
 
 
@@ -305,7 +317,13 @@ def summed(times: Sequence[Times]) -> tuple[float, float, float, float]:
             slowest(kind.alone),
             slowest(kind.whole),
             sum(over_ranks(statistics.fmean, by_rank) for by_rank in zip(*exchanges, strict=True)),
-            sum(over_ranks(min, by_rank) for by_rank in zip(*exchanges, strict=True)),
+            sum(
+                over_ranks(min, [times for times, takes in zip(by_rank, taking, strict=True) if takes])
+                for by_rank, taking in zip(
+                    zip(*exchanges, strict=True), zip(*kind.takes_part, strict=True), strict=True
+                )
+                if any(taking)
+            ),
         )
         total = [t + kind.count * ms for t, ms in zip(total, of_block, strict=True)]
     return total[0], total[1], total[2], total[3]
@@ -332,7 +350,8 @@ def alone(transfer: Transfer, here: Here) -> Moved:
     send, receive = matrix[rank], [row[rank] for row in matrix]
     x = torch.zeros(sum(send), dtype=torch.uint8, device=here.where)
     times = of_call(lambda: collective.all_to_all(x, send, receive, here.everyone), 2 + CALLS, here)[2:]
-    by_rank = [[repeat[0] for repeat in of_rank] for of_rank in told(times)]
+    moves = [sent + received for sent, received in zip(transfer.sent, transfer.received, strict=True)]
+    by_rank = [[repeat[0] for repeat in of_rank] for of_rank, bytes_ in zip(told(times), moves, strict=True) if bytes_]
     return Moved(transfer.name, busiest(transfer), over_ranks(min, by_rank), here.predicted([transfer], ranks))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 #: Cases listed by name under "closest to their bounds".
@@ -43,6 +43,20 @@ def markdown(report: dict[str, Any]) -> str:
     parts += _table(["check", "result", "ratio", "max error / bound", "rms error / bound"], _closest(report))
     parts += ["", "## Every check", "", *_table(["check", "status", "ratio", "seconds"], _every(report))]
     return "\n".join(parts) + "\n"
+
+
+def together(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The shards of one run as one report, for people: it has no digest, and proves nothing by itself."""
+    first = min(reports, key=lambda report: str(report["run"]["started"]))
+    devices = ", ".join(sorted({report["backend"]["device"] for report in reports}))
+    counts: Counter[str] = sum((Counter(report["summary"]) for report in reports), Counter())
+    return {name: value for name, value in first.items() if name != "digest"} | {
+        "backend": first["backend"] | {"device": devices},
+        "run": first["run"] | {"seconds": max(report["run"]["seconds"] for report in reports)},
+        "summary": dict(counts),
+        "problems": [problem for report in reports for problem in report["problems"]],
+        "cases": sorted((case for report in reports for case in report["cases"]), key=_label),
+    }
 
 
 def summary(report: dict[str, Any], where: str | None = None) -> str:

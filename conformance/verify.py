@@ -63,6 +63,11 @@ def problems(
         return [f"malformed report: {type(error).__name__}: {error}"]
 
 
+def _of_run(report: dict[str, Any], key: str) -> dict[str, Any]:
+    """What all shards share: they may run on several cards of one kind."""
+    return {name: value for name, value in report[key].items() if (key, name) != ("backend", "device")}
+
+
 def _about_reports(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     for n, report in enumerate(reports, start=1):
         where = f"report {n}: " if len(reports) > 1 else ""
@@ -81,7 +86,7 @@ def _about_reports(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
         if report["problems"]:
             yield f"{where}the run ended with problems: {'; '.join(report['problems'][:SHOWN])}"
     for key in ("backend", "source"):
-        if any(report[key] != reports[0][key] for report in reports[1:]):
+        if any(_of_run(report, key) != _of_run(reports[0], key) for report in reports[1:]):
             yield f"the reports differ in {key}: they are not shards of one run"
 
 

@@ -57,12 +57,15 @@ def test_ranks_are_measured_with_their_exchanges(tmp_path):
 
 
 def test_the_slowest_rank_of_each_block_counts_and_the_fastest_in_an_exchange():
-    """Two ranks, two repeats, one exchange; 3 blocks."""
+    """Two ranks, two repeats, one exchange; 3 blocks. And a third rank that has no part in the exchange."""
     script = runpy.run_path(str(BENCHMARKS / "ranks_measured.py"), run_name="ranks_measured")
     alone, whole = [[10.0, 20.0], [11.0, 19.0]], [[15.0, 24.0], [14.0, 25.0]]
     exchanges = [[[2.0], [4.0]], [[1.0], [6.0]]]
-    times = script["Times"](3, alone, whole, exchanges)
+    times = script["Times"](3, alone, whole, exchanges, [[True], [True]])
     assert script["summed"]([times]) == pytest.approx((3 * 15.5, 3 * 20.0, 3 * 3.25, 3 * 2.5))
+    idle = [*exchanges, [[0.0], [0.0]]]
+    times = script["Times"](3, [*alone, alone[0]], [*whole, whole[0]], idle, [[True], [True], [False]])
+    assert script["summed"]([times])[3] == pytest.approx(3 * 2.5)
 
 
 @pytest.mark.parametrize(("ssp", "ulysses"), [(2, 1), (1, 2)])

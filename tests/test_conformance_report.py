@@ -258,6 +258,9 @@ def test_shards_are_a_partition_that_keeps_oracles_together(tmp_path):
         assert conformance("run", *words, "--shard", f"{i}/3") == 0
     assert sorted(p.name for p in tmp_path.glob("*.json")) == [f"report-{i}-of-3.json" for i in (1, 2, 3)]
     found = [label for made in verify.read(tmp_path) for label in labels(made)]
+    one = render.together(verify.read(tmp_path))
+    assert (labels(one), one["summary"]) == (sorted(found), {"pass": len(found)})
+    assert f"**conforms** ({len(found)} pass)" in render.markdown(one)
     device = runner.default_device("reference")
     small = runner.plan(matrix.select_checks(matrix.all_checks(), ["required"], [SMALL]), "reference", device)
     assert sorted(found) == sorted(step.label for step in small)

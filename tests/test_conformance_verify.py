@@ -69,6 +69,10 @@ def test_a_complete_report_is_accepted(complete):
     shards = [finished(complete, cases=complete["cases"][part]) for part in (slice(half), slice(half, None))]
     assert problems(*shards) == []
     assert len(problems(shards[0])) == 1
+    elsewhere = finished(shards[1], backend=shards[1]["backend"] | {"device": "acme:1"})
+    assert problems(shards[0], elsewhere) == []
+    other_kind = finished(shards[1], backend=shards[1]["backend"] | {"device_name": "another"})
+    assert "differ in backend" in problems(shards[0], other_kind)[0]
     waived = copy.deepcopy(complete)
     waived["cases"][0]["status"] = "waived"
     assert problems(finished(waived, waivers=[waiver()])) == []

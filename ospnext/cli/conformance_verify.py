@@ -11,7 +11,8 @@ HELP = """Check that a conformance report proves what it claims: every must-pass
 bounds, made by this suite from a clean checkout, no waiver out of date, contents unchanged since the run.
 
   ospnext conformance verify report/report.json
-  ospnext conformance verify report            # a folder with the shards of one run
+  ospnext conformance verify report                          # a folder with the shards of one run
+  ospnext conformance verify report --markdown report.md     # and as one table
 
 Runs nothing and needs no accelerator. Exits with 1 if the report is refused. The digest inside a report finds damage
 and careless edits; it is no signature."""
@@ -22,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level", default="required", metavar="LEVELS", help="levels that must be complete (default: required)"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write what the shards say together, if accepted")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ospnext.conformance import verify
+    from ospnext.conformance import render, verify
 
     reports = verify.read(args.report)
     levels = [word.strip() for word in args.level.split(",") if word.strip()]
@@ -35,5 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         backend = reports[0]["backend"]
         count = sum(len(report["cases"]) for report in reports)
+        if args.markdown:
+            args.markdown.write_text(render.markdown(render.together(reports)), encoding="utf-8")
         print(f"accepted: {backend['name']} on {backend['device_name']}, {count} results, level {', '.join(levels)}")
     return 1 if found else 0
