@@ -192,7 +192,7 @@ def test_training_is_near_what_was_measured() -> None:
 def test_an_exchange_takes_its_busiest_rank_and_a_latency() -> None:
     moved = Transfer("x", ((0, 360, 10), (0, 0, 0), (0, 720, 0)))
     inside = exchanging(moved, (0, 1, 2), H200)
-    assert inside.exchanging == pytest.approx(1080 / (450e9 * 0.8))  # rank 1 receives from both
+    assert inside.exchanging == pytest.approx(1080 / (450e9 * 0.71))  # rank 1 receives from both
     assert inside.latency == pytest.approx(25e-6)
     across = exchanging(moved, (6, 7, 8), H200)  # rank 8 is in the next node
     assert across.exchanging == pytest.approx(720 / (50e9 * 0.8))
@@ -212,7 +212,7 @@ def test_groups_that_leave_a_node_are_slower() -> None:
 def test_weights_of_two_nodes_travel_between_them_once() -> None:
     sent, spent = weights_moving(1000, 2, 16, H200)
     assert sent == 1000 * 8 * 15 // 16
-    assert spent == pytest.approx(max(8000 / 2 / 8 / (50e9 * 0.8), 8000 * 7 / 8 / (450e9 * 0.8)))
+    assert spent == pytest.approx(max(8000 / 2 / 8 / (50e9 * 0.8), 8000 * 7 / 8 / (450e9 * 0.71)))
     assert weights_moving(1000, 2, 1, H200) == (0, 0.0)
 
 
