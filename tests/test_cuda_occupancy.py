@@ -35,3 +35,23 @@ def test_multiprocessors_hold_several_programs(found):
     assert few == {}
     assert [(name, which) for name, which, row in found if row.programs < 2] == []
     assert len(found) > 20
+
+
+@pytest.mark.parametrize("capability", [89, 100])
+def test_what_quantizes_compiles_for_other_gpus_that_have_fp8(capability, monkeypatch):
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(script["rows"].__globals__, "CAPABILITY", capability)
+    assert len(list(script["rows"]("quantize"))) > 5
+
+
+def test_codes_of_hifloat8_need_no_fp8(monkeypatch):
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(script["rows"].__globals__, "CAPABILITY", 80)
+    x = script["meta"](1, 256, 5120)
+    for carried in (False, True):
+        (launch,) = script["launches"](lambda carried=carried: script["quantize_by_row"](x, 15.0, "amax", carried))
+        if carried:  # and this says that the predicates are right to refuse it
+            with pytest.raises(Exception, match="sm_80"):
+                script["compiled"](*launch)
+        else:
+            assert script["compiled"](*launch).spilled == 0

@@ -33,12 +33,14 @@ _FP8_REFUSALS = (
     Refusal("accumulate", {"accumulate": "fp64"}),
 )
 
+_NO_FP8 = Refusal("capability", {"carried": True}, device={"capability": (8, 6)})
 _TRITON_REFUSALS = (Refusal("dtype", {"dtype": torch.float64}), Refusal("granularity", {"granularity": "channel"}))
 
 _FP64 = Refusal("dtype", {"dtype": torch.float64})
 #: Predicate of a fused kernel, and what it refuses.
 _ELEMENTS = ("triton_elements", (_FP64,))
 _ROWS = ("triton_rows", (_FP64, Refusal("row", {"shape": (2, 3, 20_000)})))
+_ROWS_OF_CODES = ("triton_codes", (*_ROWS[1], _NO_FP8))
 _CODES = {"scale_max", "scale_mode", "granularity", "carried"}
 #: Fused operator -> (kind of its kernel, features of it and of its definition).
 _FUSED = {
@@ -48,8 +50,8 @@ _FUSED = {
     "rms_norm_rope": (_ROWS, {"backward"}),
     "gate_residual": (_ELEMENTS, {"gated", "permuted", "backward"}),
     "gelu_tanh": (_ELEMENTS, {"backward"}),
-    "layer_norm_modulate_quantize": (_ROWS, {"affine", "modulated", *_CODES}),
-    "gelu_tanh_quantize": (_ROWS, _CODES),
+    "layer_norm_modulate_quantize": (_ROWS_OF_CODES, {"affine", "modulated", *_CODES}),
+    "gelu_tanh_quantize": (_ROWS_OF_CODES, _CODES),
 }
 _DEFINED = {name: features for name, (_, features) in _FUSED.items()} | {"linear_gelu_tanh": set()}
 
@@ -172,7 +174,7 @@ MANIFEST = Manifest(
             supports=f"{_HERE}.predicates:triton_quantize",
             handles=_SCALED | {"carried"},
             requires=("triton",),
-            refusals=_TRITON_REFUSALS,
+            refusals=(*_TRITON_REFUSALS, _NO_FP8),
             note="codes in one pass after amax",
         ),
         Implementation(

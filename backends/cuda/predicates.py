@@ -11,6 +11,7 @@ from ospnext.ops.contract import Need, need
 from ospnext.ops.contracts.attention import AttentionRequest
 from ospnext.ops.contracts.collective import CollectiveRequest, each_has_a_device
 from ospnext.ops.contracts.fused import FusedRequest
+from ospnext.ops.contracts.fused_quantize import FusedQuantizeRequest
 from ospnext.ops.contracts.native_attention import NativeAttentionRequest
 from ospnext.ops.contracts.quantize import QuantizeRequest
 from ospnext.ops.contracts.quantized_linear import QuantizedLinearRequest
@@ -103,6 +104,7 @@ def triton_quantize(request: QuantizeRequest, device: DeviceInfo) -> Iterator[Ne
     """The Triton kernel divides in fp32 and has a scale for all or for each row."""
     yield need(request.dtype != torch.float64, "dtype", got=request.dtype, want="fp32, bf16 or fp16")
     yield need(request.granularity != "channel", "granularity", got=request.granularity, want="tensor or row")
+    yield _carrier(request.carried, device)
 
 
 def triton_elements(request: FusedRequest, device: DeviceInfo) -> Iterator[Need]:
@@ -115,6 +117,17 @@ def triton_rows(request: FusedRequest, device: DeviceInfo) -> Iterator[Need]:
     yield from triton_elements(request, device)
     row = math.prod(request.shape[-1:])
     yield need(row <= LONGEST_ROW, "row", got=f"{row} channels", want=f"at most {LONGEST_ROW}")
+
+
+def triton_codes(request: FusedQuantizeRequest, device: DeviceInfo) -> Iterator[Need]:
+    """The same where rows end in codes."""
+    yield from triton_rows(request, device)
+    yield _carrier(request.carried, device)
+
+
+def _carrier(carried: bool, device: DeviceInfo) -> Need:
+    has_fp8 = device.capability >= (8, 9)
+    return need(not carried or has_fp8, "capability", got=device.capability, want="at least 8.9 for carried codes")
 
 
 def cublas_epilogue(request: FusedRequest, device: DeviceInfo) -> Iterator[Need]:

@@ -12,7 +12,9 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def spans(cu_seqlens: Tensor) -> list[slice]:
-    """The slice of each sequence. Waits for the device, unless this very tensor was read and not written since."""
+    """The slice of each sequence. Waits for the device, unless this very tensor was read and not written since; writes
+    that PyTorch does not count, through `.data` or by a collective, are not seen.
+    """
     if cu_seqlens.is_inference():  # counts no versions: whether it was written cannot be told
         return _read(cu_seqlens)
     found = _known.get(cu_seqlens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -13,9 +14,9 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def larger_magnitude(x, y):
     """Of tensors of one floating-point dtype, elementwise; its sign means nothing, and NaN is the largest. One
-    instruction for two numbers of bf16.
+    instruction for two numbers of bf16, where GPUs have it.
     """
-    if x.dtype == tl.bfloat16 and not INTERPRETED:
+    if x.dtype == tl.bfloat16 and not INTERPRETED and cuda_capability_geq(8, 6):
         largest = tl.inline_asm_elementwise(
             "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2
         )
