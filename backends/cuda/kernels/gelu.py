@@ -52,7 +52,7 @@ def gelu_tanh_quantize(
             CHUNKS=count,
             FULL=channels // chunk,
             ONE_SAMPLE=samples == 1,
-            num_warps=min(4, num_warps),
+            num_warps=min(4, num_warps),  # fewer than norms take: more work a number, and one sum
         )
 
     return quantized(x, run, scale_max=scale_max, scale_mode=scale_mode, granularity=granularity, carried=carried)
