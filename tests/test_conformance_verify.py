@@ -71,8 +71,6 @@ def test_a_complete_report_is_accepted(complete):
     assert len(problems(shards[0])) == 1
     elsewhere = finished(shards[1], backend=shards[1]["backend"] | {"device": "acme:1"})
     assert problems(shards[0], elsewhere) == []
-    other_kind = finished(shards[1], backend=shards[1]["backend"] | {"device_name": "another"})
-    assert "differ in backend" in problems(shards[0], other_kind)[0]
     waived = copy.deepcopy(complete)
     waived["cases"][0]["status"] = "waived"
     assert problems(finished(waived, waivers=[waiver()])) == []
@@ -271,3 +269,26 @@ def test_exit_codes(tmp_path, capsys, complete):
         assert (streams.err if code else streams.out).startswith(said)
     assert main(["conformance", "verify", str(file), "--level", "requierd"]) == 2
     assert "a report can prove required and optional" in capsys.readouterr().err
+
+
+def test_the_table_of_all_shards_is_written_if_they_are_accepted(tmp_path, capsys, complete):
+    half = len(complete["cases"]) // 2
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate((slice(half), slice(half, None))):
+        cases = complete["cases"][part]
+        shard = finished(
+            complete,
+            cases=cases,
+            summary={"pass": len(cases)},
+            backend=complete["backend"] | {"device": f"acme:{i}"},
+        )
+        (tmp_path / "shards" / f"{i}.json").write_text(json.dumps(shard))
+    verify_ = ["conformance", "verify", str(tmp_path / "shards"), "--markdown"]
+    assert main([*verify_, str(tmp_path / "absent" / "table.md")]) == 2
+    assert "give a file in a folder that is there" in capsys.readouterr().err
+    table = tmp_path / "table.md"
+    assert main([*verify_, str(table), "--level", "required,optional"]) == 1
+    assert not table.exists()
+    assert main([*verify_, str(table)]) == 0
+    assert f"({len(complete['cases'])} pass)" in table.read_text()
+    assert "`acme:0, acme:1`" in table.read_text()

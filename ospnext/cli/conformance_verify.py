@@ -7,6 +7,8 @@ import datetime
 import sys
 from pathlib import Path
 
+from ospnext.errors import ConfigError
+
 HELP = """Check that a conformance report proves what it claims: every must-pass id once and passed, errors within
 bounds, made by this suite from a clean checkout, no waiver out of date, contents unchanged since the run.
 
@@ -38,6 +40,13 @@ def run(args: argparse.Namespace) -> int:
         backend = reports[0]["backend"]
         count = sum(len(report["cases"]) for report in reports)
         if args.markdown:
-            args.markdown.write_text(render.markdown(render.together(reports)), encoding="utf-8")
+            _write(args.markdown, render.markdown(render.together(reports)))
         print(f"accepted: {backend['name']} on {backend['device_name']}, {count} results, level {', '.join(levels)}")
     return 1 if found else 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--markdown {path}: {error.strerror}; give a file in a folder that is there") from None
