@@ -157,7 +157,7 @@ def mean_of(total, count):
 
 @triton.jit
 def inverse_root(x):
-    """1 / sqrt(x) to 0.8 ulp. A device's own is further off, and by the same in all of a row, which shows in sums over
+    """1 / sqrt(x) to 1 ulp. A device's own is further off, and by the same in all of a row, which shows in sums over
     tokens that nearly cancel: so one step of Newton's behind it.
     """
     root = tl.rsqrt(x)
