@@ -290,5 +290,6 @@ def test_the_table_of_all_shards_is_written_if_they_are_accepted(tmp_path, capsy
     assert main([*verify_, str(table), "--level", "required,optional"]) == 1
     assert not table.exists()
     assert main([*verify_, str(table)]) == 0
-    assert f"({len(complete['cases'])} pass)" in table.read_text()
+    count = len(complete["cases"])
+    assert f"({count} pass)" in table.read_text() and f", {count} results |" in table.read_text()
     assert "`acme:0, acme:1`" in table.read_text()
