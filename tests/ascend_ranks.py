@@ -19,6 +19,8 @@ from ospnext import ops
 from ospnext.backends.ascend.communicator import communicator_name
 from ospnext.conformance.models import SPARSE, Subject, random_inputs, random_weights
 from ospnext.models import OSPNextTransformer
+from ospnext.ops.collective_watch import watch
+from ospnext.ops.group_store import meet
 from ospnext.ops.tolerance import Verdict, judge
 
 RANK = int(os.environ["RANK"])
@@ -55,6 +57,15 @@ def check_mesh() -> None:
         x = torch.ones(1, device=device)
         dist.all_reduce(x, group=both)
         assert x.item() == 2
+
+
+def check_meeting() -> None:
+    """Ranks tell each other by the store of a group that torch_npu has made, which does not know it."""
+    assert dist.group.WORLD is not None and dist.group.WORLD.get_group_store() is None
+    assert meet("meeting", str(RANK), None, 30.0) == ["0", "1"]
+    with watch(30.0):
+        x = ops.collective.all_reduce(torch.ones(1, device=DEVICE))
+    equal(x, 2)
 
 
 def check_reductions() -> None:
